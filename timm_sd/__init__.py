@@ -1,0 +1,19 @@
+"""Stochastic depth for timm: importing this package registers the `cifar_resnet*` networks."""
+
+from .cifar_resnet import CifarResNet
+from .stochastic_depth import (
+    StochasticDepth,
+    draw_gates,
+    stochastic_blocks,
+    survival_probabilities,
+    use_gates,
+)
+
+__all__ = [
+    "CifarResNet",
+    "StochasticDepth",
+    "draw_gates",
+    "stochastic_blocks",
+    "survival_probabilities",
+    "use_gates",
+]

@@ -1,0 +1,335 @@
+"""The ResNets for 32x32 images of He et al. (arXiv:1512.03385, section 4.2), plain and with stochastic depth, for timm.
+
+A network of depth 6n + 2 is a 3x3 convolution to 16 channels, three groups of n residual blocks with 16, 32 and 64
+channels at 32x32, 16x16 and 8x8 pixels, global average pooling and a linear classifier. Shortcuts have no parameters
+(option A). Huang et al. train depths 110 and 1202 with stochastic depth.
+"""
+
+from collections import OrderedDict
+
+import torch
+import torch.nn.functional as F
+from timm.layers import create_classifier, get_device_dtype, register_notrace_module
+from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from .labels import CIFAR10_LABELS, CIFAR100_LABELS
+from .stochastic_depth import (
+    MODES,
+    SCHEDULES,
+    StochasticDepth,
+    check_choice,
+    load_survival,
+    survival_probabilities,
+)
+
+__all__ = ["CifarResNet"]
+
+CHANNELS = (16, 32, 64)
+POOLINGS = ("avg", "max", "avgmax", "catavgmax", "")
+
+# Whether a block is computed is a decision of the moment, which FX cannot trace.
+register_notrace_module(StochasticDepth)
+
+
+class PaddedPool(nn.Module):
+    """Option A at the first block of a wider group: average pooling, then zeros for the new channels."""
+
+    def __init__(self, stride: int, new_channels: int) -> None:
+        super().__init__()
+        self.new_channels = new_channels
+        # ceil_mode: an odd size is halved upwards, as by the branch's convolution.
+        self.pool = nn.AvgPool2d(stride, ceil_mode=True, count_include_pad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(self.pool(x), (0, 0, 0, 0, 0, self.new_channels))
+
+    def extra_repr(self) -> str:
+        return f"new_channels={self.new_channels}"
+
+
+def residual_block(in_channels: int, channels: int, survival: float, mode: str, **dd) -> StochasticDepth:
+    """A block of two 3x3 convolutions, the first with stride 2 where the number of channels changes."""
+    stride = 1 if in_channels == channels else 2
+    branch = nn.Sequential(
+        OrderedDict(
+            conv1=nn.Conv2d(in_channels, channels, 3, stride=stride, padding=1, bias=False, **dd),
+            bn1=nn.BatchNorm2d(channels, **dd),
+            act1=nn.ReLU(inplace=True),
+            conv2=nn.Conv2d(channels, channels, 3, padding=1, bias=False, **dd),
+            bn2=nn.BatchNorm2d(channels, **dd),
+        )
+    )
+    shortcut = nn.Identity() if stride == 1 else PaddedPool(stride, channels - in_channels)
+    return StochasticDepth(branch, shortcut, nn.ReLU(inplace=True), survival, mode)
+
+
+class CifarResNet(nn.Module):
+    """A ResNet of depth 6n + 2 with L = 3n residual blocks, each under stochastic depth.
+
+    The survival probabilities its weights are trained with stand in the buffer `survival`, of shape (L,), and travel
+    with them; loading weights trained with others rescales them, so that loading never changes the function.
+    """
+
+    survival: Tensor
+
+    def __init__(
+        self,
+        depth: int,
+        num_classes: int = 10,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        drop_path_schedule: str = "linear",
+        drop_path_mode: str = "batch",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """
+        Args:
+            depth: Number of layers with weights, 6n + 2.
+            num_classes: Classes of the classifier, 0 for none.
+            in_chans: Channels of the input.
+            global_pool: "avg", "max", "avgmax", "catavgmax", or "" for none (with num_classes=0).
+            drop_rate: Dropout probability before the classifier.
+            drop_path_rate: 1 - p_L, in [0, 1): 0 is constant depth.
+            drop_path_schedule: "linear", the paper's decay from p_0 = 1 to p_L, or "uniform".
+            drop_path_mode: "batch", the paper's gate a block for the whole mini-batch, or "row", a gate a sample.
+
+        Raises:
+            ValueError: An argument has a value that is not allowed.
+        """
+        super().__init__()
+        if depth < 8 or (depth - 2) % 6:
+            raise ValueError(f"depth={depth!r}, but it must be 6n + 2 for some n >= 1")
+        if in_chans < 1:
+            raise ValueError(f"in_chans={in_chans!r}, but it must be at least 1")
+        if not 0 <= drop_rate <= 1:
+            raise ValueError(f"drop_rate={drop_rate!r}, but it must lie in [0, 1]")
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(f"drop_path_rate={drop_path_rate!r}, but it must lie in [0, 1)")
+        check_choice("drop_path_schedule", drop_path_schedule, SCHEDULES)
+        check_choice("drop_path_mode", drop_path_mode, MODES)
+        _check_head(num_classes, global_pool)
+
+        dd = {"device": device, "dtype": dtype}
+        n = (depth - 2) // 6
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.drop_rate = drop_rate
+        self.grad_checkpointing = False
+
+        self.survival_probabilities = survival_probabilities(3 * n, 1 - drop_path_rate, drop_path_schedule)
+        self.register_buffer("survival", torch.tensor(self.survival_probabilities, **dd))
+        self.conv1 = nn.Conv2d(in_chans, CHANNELS[0], 3, padding=1, bias=False, **dd)
+        self.bn1 = nn.BatchNorm2d(CHANNELS[0], **dd)
+        self.act1 = nn.ReLU(inplace=True)
+
+        self.stages = nn.Sequential()
+        self.feature_info = []
+        channels = CHANNELS[0]
+        for stage, width in enumerate(CHANNELS):
+            blocks = nn.Sequential()
+            for p in self.survival_probabilities[stage * n : (stage + 1) * n]:
+                blocks.append(residual_block(channels, width, p, drop_path_mode, **dd))
+                channels = width
+            self.stages.append(blocks)
+            self.feature_info.append(dict(num_chs=width, reduction=2**stage, module=f"stages.{stage}"))
+
+        self.num_features = CHANNELS[-1]
+        self.global_pool, self.fc = create_classifier(self.num_features, num_classes, pool_type=global_pool, **dd)
+        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
+        self.init_weights()
+
+    @torch.jit.ignore
+    def init_weights(self) -> None:
+        """The authors' initialisation, the same as Torch 7's defaults but for the convolutions.
+
+        Convolutions He-normal (std = sqrt(2 / fan_in)), batch normalisation scales uniform in (0, 1) and shifts 0.
+        """
+        self.survival.copy_(torch.tensor(self.survival_probabilities))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
+            elif isinstance(module, nn.BatchNorm2d):
+                module.reset_parameters()
+                nn.init.uniform_(module.weight)
+            elif isinstance(module, nn.Linear):
+                module.reset_parameters()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args) -> None:
+        load_survival(self, self.survival_probabilities, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+        """Patterns that sort the parameters by depth, a group a stage (coarse) or a block."""
+        return dict(stem=r"^conv1|bn1", blocks=r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)")
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only each block's input for the backward pass and compute the block again there."""
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The linear layer from features to logits, `nn.Identity` with num_classes=0."""
+        return self.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier by a new one for `num_classes` classes (0: none), the pooling too unless it is None.
+
+        Raises ValueError for a value that is not allowed.
+        """
+        if global_pool is None:
+            global_pool = self.global_pool.pool_type
+        _check_head(num_classes, global_pool)
+        self.num_classes = num_classes
+        self.global_pool, self.fc = create_classifier(
+            self.num_features, num_classes, pool_type=global_pool, **get_device_dtype(self)
+        )
+        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
+        self.global_pool.train(self.training)
+        self.fc.train(self.training)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """The outputs of the three groups, alone or after the final features.
+
+        Args:
+            x: Images of shape (B, in_chans, H, W).
+            indices: The groups to take: the last n for an int, all for None.
+            norm: Accepted for timm's interface; there is no final normalisation.
+            stop_early: Do not compute groups after the last one taken.
+            output_fmt: "NCHW".
+            intermediates_only: Return the list alone.
+
+        Raises:
+            ValueError: An output format other than "NCHW".
+        """
+        check_choice("output_fmt", output_fmt, ("NCHW",))
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        x = self._stem(x)
+        intermediates = []
+        for index, stage in enumerate(self.stages[: max_index + 1] if stop_early else self.stages):
+            x = checkpoint_seq(stage, x) if self.grad_checkpointing else stage(x)
+            if index in take_indices:
+                intermediates.append(x)
+        return intermediates if intermediates_only else (x, intermediates)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove the groups after the last one of `indices`, then the classifier too; return the indices kept."""
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        self.stages = self.stages[: max_index + 1]
+        self.num_features = self.head_hidden_size = CHANNELS[max_index]
+        if prune_head or max_index + 1 < len(CHANNELS):
+            self.reset_classifier(0, "")
+        return take_indices
+
+    def _stem(self, x: Tensor) -> Tensor:
+        return self.act1(self.bn1(self.conv1(x)))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images of shape (B, in_chans, H, W) to features of shape (B, 64, H / 4, W / 4)."""
+        x = self._stem(x)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint_seq(self.stages, x, flatten=True)
+        return self.stages(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Features to logits of shape (B, num_classes), or with `pre_logits` to the classifier's input."""
+        x = self.global_pool(x)
+        if self.drop_rate:
+            x = F.dropout(x, p=self.drop_rate, training=self.training)
+        return x if pre_logits else self.fc(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images of shape (B, in_chans, H, W) to logits of shape (B, num_classes)."""
+        return self.forward_head(self.forward_features(x))
+
+
+def _check_head(num_classes: int, global_pool: str) -> None:
+    if num_classes < 0:
+        raise ValueError(f"num_classes={num_classes!r}, but it must be at least 0")
+    check_choice("global_pool", global_pool, POOLINGS)
+
+
+def _cfg(**kwargs) -> dict:
+    return dict(
+        input_size=(3, 32, 32),
+        pool_size=(8, 8),
+        crop_pct=1.0,
+        interpolation="bilinear",
+        first_conv="conv1",
+        classifier="fc",
+        license="apache-2.0",
+        paper_name="Deep Networks with Stochastic Depth",
+        paper_ids="arXiv:1603.09382",
+        **kwargs,
+    )
+
+
+# Mean and standard deviation of the 50,000 training images, a channel each.
+DATASETS = {
+    "cifar10": _cfg(
+        num_classes=10,
+        label_names=CIFAR10_LABELS,
+        mean=(0.4914, 0.4822, 0.4465),
+        std=(0.2470, 0.2435, 0.2616),
+    ),
+    "cifar100": _cfg(
+        num_classes=100,
+        label_names=CIFAR100_LABELS,
+        mean=(0.5071, 0.4865, 0.4409),
+        std=(0.2673, 0.2564, 0.2762),
+    ),
+}
+DEPTHS = (20, 32, 44, 56, 110, 1202)
+
+default_cfgs = generate_default_cfgs(
+    {
+        f"cifar_resnet{depth}{suffix}.{dataset}": cfg
+        for depth in DEPTHS
+        for suffix in ("", "_sd")
+        for dataset, cfg in DATASETS.items()
+    }
+)
+
+
+def _register(name: str, description: str, **model_args) -> None:
+    """Register a network with timm, as `register_model` on a function of that name does."""
+
+    def entrypoint(pretrained: bool = False, **kwargs) -> CifarResNet:
+        return build_model_with_cfg(
+            CifarResNet,
+            name,
+            pretrained,
+            # The getter keeps the whole network, the survival probabilities in its state dict included.
+            feature_cfg=dict(out_indices=(0, 1, 2), feature_cls="getter", flatten_sequential=True),
+            **{**model_args, **kwargs},
+        )
+
+    entrypoint.__name__ = entrypoint.__qualname__ = name
+    entrypoint.__doc__ = description
+    globals()[name] = register_model(entrypoint)
+
+
+for _depth in DEPTHS:
+    _register(f"cifar_resnet{_depth}", f"ResNet-{_depth} of constant depth (He et al.).", depth=_depth)
+    _register(
+        f"cifar_resnet{_depth}_sd",
+        f"ResNet-{_depth} with stochastic depth, linear decay to p_L = 0.5 (Huang et al.).",
+        depth=_depth,
+        drop_path_rate=0.5,
+    )
