@@ -1,0 +1,417 @@
+"""The method against its equations, computed here step by step."""
+
+import copy
+import warnings
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from timm_sd import StochasticDepth, draw_gates, stochastic_blocks, survival_probabilities, use_gates
+
+
+def make_block(survival=0.5, mode="batch"):
+    torch.manual_seed(0)
+    branch = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1))
+    return StochasticDepth(branch, nn.Identity(), nn.ReLU(), survival, mode)
+
+
+def branch_by_hand(block, x, batch_statistics):
+    conv1, bn, _, conv2 = block.branch
+    x = F.conv2d(x, conv1.weight, conv1.bias, padding=1)
+    mean, var = (
+        (x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False))
+        if batch_statistics
+        else (
+            bn.running_mean,
+            bn.running_var,
+        )
+    )
+    x = (x - mean.view(-1, 1, 1)) / (var.view(-1, 1, 1) + bn.eps).sqrt()
+    return F.conv2d((x * bn.weight.view(-1, 1, 1) + bn.bias.view(-1, 1, 1)).relu(), conv2.weight, conv2.bias)
+
+
+def inputs(batch_size=6):
+    return torch.rand(batch_size, 4, 5, 5, generator=torch.Generator().manual_seed(1))
+
+
+def small_network(**kwargs):
+    torch.manual_seed(0)
+    return timm.create_model("cifar_resnet20_sd", **kwargs)
+
+
+def images(batch_size=4):
+    return torch.randn(batch_size, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+
+
+def gradients(network):
+    return {name: parameter.grad.clone() for name, parameter in network.named_parameters()}
+
+
+# Schedules
+
+
+def test_linear_decay_is_the_papers():
+    p = survival_probabilities(54, 0.5)
+    assert p[0] == pytest.approx(1 - 0.5 / 54)
+    assert p[26] == pytest.approx(0.75)
+    assert p[53] == 0.5
+    assert sum(p) == pytest.approx(40.25)
+
+
+def test_linear_decay_is_not_timms():
+    timms = [1 - rate for rate in torch.linspace(0, 0.5, 54).tolist()]
+    assert timms[0] == 1
+    assert survival_probabilities(54, 0.5)[0] < 1
+
+
+def test_uniform_survival():
+    assert survival_probabilities(3, 0.2, "uniform") == [0.2, 0.2, 0.2]
+
+
+@pytest.mark.parametrize("final", [0, -0.1, 1.1, float("nan")])
+def test_survival_out_of_range(final):
+    with pytest.raises(ValueError, match=r"must lie in \(0, 1\]"):
+        survival_probabilities(3, final)
+
+
+def test_unknown_schedule():
+    with pytest.raises(ValueError, match=r"schedule='cosine'.*'linear', 'uniform'"):
+        survival_probabilities(3, 0.5, "cosine")
+
+
+# Gates
+
+
+def test_gates_are_a_function_of_seed_and_step():
+    p = survival_probabilities(54, 0.5)
+    torch.manual_seed(0)
+    first = draw_gates(p, seed=3, step=7)
+    torch.manual_seed(1)
+    np.random.seed(1)
+    assert torch.equal(first, draw_gates(torch.tensor(p), seed=3, step=7))
+    assert first.shape == (54,)
+    assert first.dtype == torch.bool
+    assert not torch.equal(first, draw_gates(p, seed=3, step=8))
+    assert not torch.equal(first, draw_gates(p, seed=4, step=7))
+
+
+def test_gates_open_as_often_as_they_should():
+    p = torch.tensor(survival_probabilities(54, 0.5))
+    steps = 4000
+    frequency = torch.stack([draw_gates(p, 0, step) for step in range(steps)]).double().mean(0)
+    assert ((frequency - p).abs() < 5 * (p * (1 - p) / steps).sqrt()).all()
+    rows = draw_gates(p, 0, 0, batch_size=steps)
+    assert rows.shape == (54, steps)
+    assert ((rows.double().mean(1) - p).abs() < 5 * (p * (1 - p) / steps).sqrt()).all()
+
+
+def test_gates_of_different_blocks_and_steps_are_independent():
+    gates = torch.stack([draw_gates([0.5] * 20, 0, step) for step in range(4000)]).double() - 0.5
+    between_blocks = gates.T @ gates / len(gates) * 4
+    assert (between_blocks - torch.eye(20)).abs().max() < 0.1
+    between_steps = (gates[1:] * gates[:-1]).mean() * 4
+    assert between_steps.abs() < 0.02
+
+
+# The residual rule
+
+
+def test_open_gate():
+    block = make_block().train()
+    x = inputs()
+    expected = (branch_by_hand(block, x, batch_statistics=True) + x).relu()
+    with use_gates(block, torch.tensor([True])):
+        torch.testing.assert_close(block(x), expected)
+
+
+def test_closed_gate():
+    block = make_block().train()
+    x = inputs()
+    before = copy.deepcopy(block.state_dict())
+    with use_gates(block, torch.tensor([False])):
+        assert torch.equal(block(x), x)
+    for key, value in block.state_dict().items():
+        assert torch.equal(value, before[key]), f"{key} of a dropped block changed"
+
+
+@pytest.mark.parametrize("mode", ["batch", "row"])
+def test_inference_scales_the_branch(mode):
+    block = make_block(survival=0.3, mode=mode).eval()
+    block.branch[1].running_mean.uniform_()
+    x = inputs()
+    expected = (0.3 * branch_by_hand(block, x, batch_statistics=False) + x).relu()
+    torch.testing.assert_close(block(x), expected)
+
+
+def test_dropped_branch_costs_nothing():
+    network = small_network().train()
+    blocks = stochastic_blocks(network)
+
+    def flops(gates):
+        with use_gates(network, gates), FlopCounterMode(display=False) as counter:
+            network(images()).sum().backward()
+        return counter.get_total_flops()
+
+    everything, nothing = torch.ones(9, dtype=torch.bool), torch.zeros(9, dtype=torch.bool)
+    # A 3x3 convolution of 16 to 16 channels at 32x32 on 4 images, twice a block; a backward pass costs two forward.
+    one_block = 2 * 3 * 2 * 9 * 16 * 16 * 32 * 32 * 4
+    without_second = everything.clone()
+    without_second[1] = False
+    assert flops(everything) - flops(without_second) == one_block
+    # The stem (its input needs no gradient) and the classifier remain.
+    stem, classifier = 2 * 2 * 9 * 3 * 16 * 32 * 32 * 4, 3 * 2 * 64 * 10 * 4
+    assert flops(nothing) == stem + classifier
+
+    calls = []
+    for block in blocks:
+        block.branch.register_forward_hook(lambda *_: calls.append(1))
+    with use_gates(network, nothing):
+        network(images())
+    assert not calls
+
+
+def test_dropped_parameters_get_zero_gradients():
+    network = small_network().train()
+    gates = torch.tensor([True, False] * 4 + [True])
+    with use_gates(network, gates):
+        network(images()).square().sum().backward()
+    for block, gate in zip(stochastic_blocks(network), gates, strict=True):
+        for parameter in block.parameters():
+            assert parameter.grad.shape == parameter.shape
+            assert parameter.grad.any() == gate
+
+
+def test_dropped_block_is_moved_by_momentum_and_weight_decay():
+    block = make_block().train()
+    lr, momentum, decay = 0.1, 0.9, 0.01
+    optimizer = torch.optim.SGD(block.parameters(), lr=lr, momentum=momentum, nesterov=True, weight_decay=decay)
+    weight = block.branch[0].weight
+    x = inputs()
+
+    with use_gates(block, torch.tensor([True])):
+        block(x).square().sum().backward()
+    gradient = weight.grad + decay * weight.detach()
+    velocity = gradient
+    expected = weight.detach() - lr * (gradient + momentum * velocity)
+    optimizer.step()
+    torch.testing.assert_close(weight.detach(), expected)
+
+    optimizer.zero_grad()
+    with use_gates(block, torch.tensor([False])):
+        block(x.requires_grad_()).square().sum().backward()
+    gradient = decay * expected
+    velocity = momentum * velocity + gradient
+    expected = expected - lr * (gradient + momentum * velocity)
+    optimizer.step()
+    torch.testing.assert_close(weight.detach(), expected)
+
+
+def test_frozen_parameters_stay_without_gradient():
+    block = make_block().train()
+    block.branch[0].requires_grad_(False)
+    with use_gates(block, torch.tensor([False])):
+        block(inputs()).sum().backward()
+    assert block.branch[0].weight.grad is None
+    assert not block.branch[3].weight.grad.any()
+
+
+@pytest.mark.parametrize("kept", [[0, 2, 3], [5], []])
+def test_rows(kept):
+    block = make_block(mode="row").train()
+    x = inputs()
+    expected = x.clone()
+    if kept:
+        expected[kept] = (branch_by_hand(block, x[kept], batch_statistics=True) + x[kept]).relu()
+    gates = torch.zeros(1, len(x), dtype=torch.bool)
+    gates[0, kept] = True
+    with use_gates(block, gates):
+        output = block(x)
+        output.sum().backward()
+    torch.testing.assert_close(output, expected)
+    assert all(parameter.grad is not None for parameter in block.parameters())
+    assert block.branch[1].num_batches_tracked == bool(kept)
+
+
+def test_rows_under_autocast():
+    network = small_network(drop_path_mode="row").train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = network(images()).float().sum()
+    loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in network.parameters())
+
+
+@pytest.mark.parametrize("mode", ["batch", "row"])
+def test_default_gates_come_from_torchs_cpu_generator(mode):
+    block = make_block(mode=mode).train()
+    x = inputs(1)
+    outputs = []
+    torch.manual_seed(5)
+    for _ in range(20):
+        outputs.append(bool((block(x) != x).any()))
+    torch.manual_seed(5)
+    expected = [bool(torch.rand(1 if mode == "row" else ()) < 0.5) for _ in range(20)]
+    assert outputs == expected
+
+
+def test_plain_network_draws_nothing():
+    network = timm.create_model("cifar_resnet20").train()
+    before = torch.get_rng_state()
+    network(images())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_unknown_mode():
+    with pytest.raises(ValueError, match=r"mode='pixel'.*'batch', 'row'"):
+        make_block(mode="pixel")
+
+
+def test_repr_tells_probability_and_mode():
+    assert "survival=0.5000, mode='batch'" in repr(make_block())
+
+
+# Handing gates over
+
+
+@pytest.mark.parametrize(
+    ("mode", "gates"),
+    [
+        ("batch", torch.ones(8, dtype=torch.bool)),
+        ("batch", torch.ones(9)),
+        ("batch", torch.ones(9, 4, dtype=torch.bool)),
+        ("row", torch.ones(9, dtype=torch.bool)),
+    ],
+)
+def test_gates_that_do_not_fit(mode, gates):
+    network = small_network(drop_path_mode=mode)
+    with pytest.raises(ValueError, match="this network's 9 blocks"), use_gates(network, gates):
+        pass
+
+
+def test_gates_for_another_batch():
+    network = small_network(drop_path_mode="row").train()
+    gates = torch.ones(9, 3, dtype=torch.bool)
+    with pytest.raises(ValueError, match="gates for 3 samples, but the batch has 4"), use_gates(network, gates):
+        network(images())
+
+
+def test_gates_end_with_their_context():
+    network = small_network().train()
+    with pytest.raises(RuntimeError, match="stop"), use_gates(network, torch.ones(9, dtype=torch.bool)):
+        raise RuntimeError("stop")
+    torch.manual_seed(0)
+    first = network(images())
+    assert any(not torch.equal(first, network(images())) for _ in range(5)), "the gates are still the handed ones"
+
+
+GATES = torch.tensor([True, False, True, True, False, False, True, False, True])
+
+
+def expected_features(network):
+    """The features of the three groups, and what they are without the dropped blocks altogether."""
+    shortened = copy.deepcopy(network).train()
+    gates = iter(GATES)
+    features, x = [], shortened.act1(shortened.bn1(shortened.conv1(images())))
+    for stage in shortened.stages:
+        for block in stage:
+            x = block.activation(block.shortcut(x) + block.branch(x)) if next(gates) else block.shortcut(x)
+        features.append(x)
+    return features
+
+
+@pytest.mark.parametrize("feature_cls", ["getter", "list", "dict", "hook", "fx"])
+def test_gates_reach_feature_extractors(feature_cls):
+    features = small_network(features_only=True, feature_cls=feature_cls).train()
+    expected = expected_features(small_network())
+    with use_gates(features, GATES):
+        outputs = features(images())
+    outputs = list(outputs.values()) if isinstance(outputs, dict) else outputs
+    for output, value in zip(outputs, expected, strict=True):
+        torch.testing.assert_close(output, value)
+
+
+def test_gates_reach_a_compiled_network():
+    network = small_network().train()
+    compiled = torch.compile(copy.deepcopy(network), backend="aot_eager")
+    for model in (network, compiled):
+        with use_gates(model, GATES):
+            model(images()).square().sum().backward()
+    torch.testing.assert_close(gradients(compiled._orig_mod), gradients(network))
+
+
+def compiled_steps(network, graphs, steps):
+    """Train compiled, each graph that is compiled joining `graphs`."""
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(network.train(), backend=backend)
+    for step in range(steps):
+        gates = draw_gates(network.survival, 0, step, 4 if stochastic_blocks(network)[0].mode == "row" else None)
+        with use_gates(compiled, gates):
+            compiled(images()).sum().backward()
+
+
+@pytest.mark.parametrize("name", ["cifar_resnet20_sd", "cifar_resnet56_sd"])
+def test_training_compiles_to_a_handful_of_graphs(name):
+    graphs = []
+    # The limit would hide recompilations by falling back to eager.
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        compiled_steps(timm.create_model(name), graphs, steps=30)
+    assert len(graphs) <= 14
+    assert sum("conv2d" in graph.code for graph in graphs) >= 5, "the branches are not compiled"
+
+
+def test_training_with_rows_compiles_to_a_bounded_number_of_graphs():
+    graphs = []
+    compiled_steps(small_network(drop_path_mode="row"), graphs, steps=30)
+    assert len(graphs) <= 24
+
+
+@pytest.mark.parametrize("mode", ["batch", "row"])
+@pytest.mark.parametrize("handed", [True, False])
+def test_gradient_checkpointing_computes_the_same_blocks_again(mode, handed):
+    network = small_network(drop_path_mode=mode).train()
+    checkpointed = copy.deepcopy(network)
+    checkpointed.set_grad_checkpointing()
+    gates = draw_gates(network.survival, 0, 0, 4 if mode == "row" else None)
+    for model in (network, checkpointed):
+        torch.manual_seed(3)
+        if handed:
+            with use_gates(model, gates):
+                model(images()).square().sum().backward()
+        else:
+            model(images()).square().sum().backward()
+    torch.testing.assert_close(gradients(checkpointed), gradients(network))
+
+
+def train_under_ddp(rank, init_file, mode):
+    """Two steps on gates of each rank's own: parameters must be ready for reduction all the same."""
+    warnings.simplefilter("error", UserWarning)
+    dist.init_process_group("gloo", init_method=f"file://{init_file}", rank=rank, world_size=2)
+    network = small_network(drop_path_mode=mode).to(memory_format=torch.channels_last).train()
+    network = nn.parallel.DistributedDataParallel(network)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    for step in range(3):
+        gates = draw_gates(network.module.survival, rank, step, 4 if mode == "row" else None)
+        with use_gates(network, gates):
+            network(images() + rank).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    flat = torch.cat([parameter.detach().flatten() for parameter in network.parameters()])
+    others = [torch.empty_like(flat) for _ in range(2)]
+    dist.all_gather(others, flat)
+    assert torch.equal(others[0], others[1])
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("mode", ["batch", "row"])
+def test_ddp_needs_no_unused_parameters(tmp_path, mode):
+    torch.multiprocessing.spawn(train_under_ddp, (tmp_path / "init", mode), nprocs=2)
