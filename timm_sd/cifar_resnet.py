@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import create_classifier, get_device_dtype, register_notrace_module
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
+from timm.models._features import FeatureGetterNet, feature_take_indices
 from torch import Tensor, nn
 
 from .labels import CIFAR10_LABELS, CIFAR100_LABELS
@@ -63,6 +63,14 @@ def residual_block(in_channels: int, channels: int, survival: float, mode: str, 
     )
     shortcut = nn.Identity() if stride == 1 else PaddedPool(stride, channels - in_channels)
     return StochasticDepth(branch, shortcut, nn.ReLU(inplace=True), survival, mode)
+
+
+class CifarFeatures(FeatureGetterNet):
+    """What `features_only=True` gives: the network itself, so that its state dict tells the survival probabilities."""
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """As the network's own."""
+        self.model.set_grad_checkpointing(enable)
 
 
 class CifarResNet(nn.Module):
@@ -216,15 +224,22 @@ class CifarResNet(nn.Module):
         Raises:
             ValueError: An output format other than "NCHW".
         """
-        check_choice("output_fmt", output_fmt, ("NCHW",))
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt={output_fmt}, but it must be NCHW")
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         x = self._stem(x)
         intermediates = []
-        for index, stage in enumerate(self.stages[: max_index + 1] if stop_early else self.stages):
-            x = checkpoint_seq(stage, x) if self.grad_checkpointing else stage(x)
-            if index in take_indices:
-                intermediates.append(x)
-        return intermediates if intermediates_only else (x, intermediates)
+        for index, stage in enumerate(self.stages):
+            if index <= max_index or not stop_early:
+                if self.grad_checkpointing and not torch.jit.is_scripting():
+                    x = checkpoint_seq(stage, x)
+                else:
+                    x = stage(x)
+                if index in take_indices:
+                    intermediates.append(x)
+        if intermediates_only:
+            return intermediates
+        return x, intermediates
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -315,8 +330,7 @@ def _register(name: str, description: str, **model_args) -> None:
             CifarResNet,
             name,
             pretrained,
-            # The getter keeps the whole network, the survival probabilities in its state dict included.
-            feature_cfg=dict(out_indices=(0, 1, 2), feature_cls="getter", flatten_sequential=True),
+            feature_cfg=dict(out_indices=(0, 1, 2), feature_cls=CifarFeatures, flatten_sequential=True),
             **{**model_args, **kwargs},
         )
 

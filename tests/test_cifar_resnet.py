@@ -1,0 +1,307 @@
+"""The networks: their sizes, their initialisation, and that timm cannot tell them from its own."""
+
+import copy
+import math
+import pickle
+
+import pytest
+import timm
+import torch
+from timm.data import resolve_model_data_config
+from timm.optim import create_optimizer_v2
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from timm_sd import stochastic_blocks
+
+NAMES = [f"cifar_resnet{depth}{suffix}" for depth in (20, 32, 44, 56, 110, 1202) for suffix in ("", "_sd")]
+
+
+def create(name="cifar_resnet20_sd", **kwargs):
+    torch.manual_seed(0)
+    return timm.create_model(name, **kwargs)
+
+
+def images(batch_size=2, channels=3, size=(32, 32)):
+    return torch.randn(batch_size, channels, *size, generator=torch.Generator().manual_seed(1))
+
+
+# Architecture
+
+
+def test_registry():
+    assert timm.list_models("cifar_resnet*") == NAMES
+    assert timm.list_models(module="cifar_resnet") == NAMES
+    tagged = timm.list_models("cifar_resnet*", include_tags=True)
+    assert tagged == [f"{name}.{tag}" for name in NAMES for tag in ("cifar10", "cifar100")]
+    assert timm.list_models("*_sd.cifar100", include_tags=True) == [f"{name}.cifar100" for name in NAMES[1::2]]
+    assert not timm.list_pretrained("cifar_resnet*")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_size(name):
+    with torch.device("meta"):
+        network = timm.create_model(name)
+    depth = int(name.removeprefix("cifar_resnet").removesuffix("_sd"))
+    n = (depth - 2) // 6
+    layers = [module for module in network.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+    assert len(layers) == depth
+    # Counted from He et al.'s description: 3x3 convolutions without bias, each with a normalisation's scale and shift.
+    convolutions = [(3, 16)] + [(16, 16)] * 2 * n
+    convolutions += [(16, 32)] + [(32, 32)] * (2 * n - 1) + [(32, 64)] + [(64, 64)] * (2 * n - 1)
+    expected = sum(9 * inputs * outputs + 2 * outputs for inputs, outputs in convolutions) + 64 * 10 + 10
+    assert sum(parameter.numel() for parameter in network.parameters()) == expected
+    assert len(stochastic_blocks(network)) == len(network.survival) == 3 * n
+    expected_final = 0.5 if name.endswith("_sd") else 1.0
+    assert stochastic_blocks(network)[-1].survival == expected_final
+
+
+def test_published_sizes():
+    for name, parameters in {"cifar_resnet110": 1_727_962, "cifar_resnet20": 269_722}.items():
+        assert sum(parameter.numel() for parameter in create(name).parameters()) == parameters
+
+
+def test_forward_cost_is_the_published_one():
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        timm.create_model("cifar_resnet110").eval()(torch.empty(1, 3, 32, 32))
+    assert counter.get_total_flops() / 2 == pytest.approx(253e6, rel=0.01)
+
+
+def test_output_by_hand():
+    """The network written once more as plain functions, with option A's shortcut from slices and means."""
+    network = create().eval()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.uniform_(-0.1, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    state = network.state_dict()
+
+    def conv_bn(x, conv, bn, stride=1):
+        x = nn.functional.conv2d(x, state[f"{conv}.weight"], stride=stride, padding=1)
+        mean, var, scale, shift = (
+            state[f"{bn}.{key}"].view(-1, 1, 1) for key in ("running_mean", "running_var", "weight", "bias")
+        )
+        return (x - mean) / (var + 1e-5).sqrt() * scale + shift
+
+    x = conv_bn(images(), "conv1", "bn1").relu()
+    block = 0
+    for stage in range(3):
+        for index in range(3):
+            block += 1
+            branch = f"stages.{stage}.{index}.branch"
+            stride = 2 if stage and not index else 1
+            f = conv_bn(x, f"{branch}.conv1", f"{branch}.bn1", stride).relu()
+            f = conv_bn(f, f"{branch}.conv2", f"{branch}.bn2")
+            if stride == 2:
+                pooled = (x[..., ::2, ::2] + x[..., 1::2, ::2] + x[..., ::2, 1::2] + x[..., 1::2, 1::2]) / 4
+                x = torch.cat([pooled, torch.zeros_like(pooled)], dim=1)
+            x = ((1 - block / 9 * 0.5) * f + x).relu()
+    logits = x.mean((2, 3)) @ state["fc.weight"].T + state["fc.bias"]
+    torch.testing.assert_close(network(images()), logits)
+
+
+def test_initialisation():
+    network = create("cifar_resnet110_sd")
+    scales = []
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            std = math.sqrt(2 / (9 * module.in_channels))
+            assert module.weight.std().item() == pytest.approx(std, rel=0.15)
+            assert module.weight.abs().max() > 2.5 * std, "not normal"
+            assert module.bias is None
+        elif isinstance(module, nn.BatchNorm2d):
+            scales.append(module.weight.detach())
+            assert not module.bias.any()
+    scales = torch.cat(scales).sort().values
+    assert scales.min() >= 0
+    assert scales.max() <= 1
+    assert (scales - torch.linspace(0, 1, len(scales))).abs().max() < 0.05, "not uniform"
+
+
+def test_untrained_1202_layers_do_not_overflow():
+    with torch.inference_mode():
+        assert create("cifar_resnet1202").eval()(images(1)).isfinite().all()
+
+
+def test_init_weights_restores_everything():
+    network = create(device="meta").to_empty(device="cpu")
+    for tensor in [*network.parameters(), *network.buffers()]:
+        tensor.data.fill_(77)
+    network.init_weights()
+    fresh = create()
+    torch.manual_seed(0)
+    network.init_weights()
+    for key, value in network.state_dict().items():
+        if "running" in key or key in ("survival",) or key.endswith(("tracked", "bn1.bias", "bn2.bias")):
+            assert torch.equal(value, fresh.state_dict()[key]), key
+        assert not (value == 77).any(), key
+
+
+@pytest.mark.parametrize("size", [(32, 32), (33, 47), (64, 96), (7, 5)])
+def test_other_image_sizes(size):
+    features = create().eval().forward_features(images(size=size))
+    assert features.shape == (2, 64, math.ceil(size[0] / 4), math.ceil(size[1] / 4))
+
+
+# Arguments
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "message"),
+    [
+        ("drop_path_rate", 1, r"drop_path_rate=1, but it must lie in \[0, 1\)"),
+        ("drop_path_rate", -0.1, r"drop_path_rate=-0\.1, but it must lie in \[0, 1\)"),
+        ("drop_path_rate", float("nan"), r"drop_path_rate=nan, but it must lie in \[0, 1\)"),
+        ("drop_path_schedule", "cosine", r"drop_path_schedule='cosine', but it must be one of 'linear', 'uniform'"),
+        ("drop_path_mode", "pixel", r"drop_path_mode='pixel', but it must be one of 'batch', 'row'"),
+        ("drop_rate", 1.5, r"drop_rate=1\.5, but it must lie in \[0, 1\]"),
+        ("global_pool", "median", r"global_pool='median', but it must be one of 'avg', 'max'"),
+        ("num_classes", -1, r"num_classes=-1, but it must be at least 0"),
+        ("in_chans", 0, r"in_chans=0, but it must be at least 1"),
+    ],
+)
+def test_wrong_argument(argument, value, message):
+    with pytest.raises(ValueError, match=message):
+        create(**{argument: value})
+
+
+def test_wrong_argument_of_reset_classifier():
+    with pytest.raises(ValueError, match="global_pool='median'"):
+        create().reset_classifier(10, "median")
+
+
+def test_arguments_reach_the_blocks():
+    blocks = stochastic_blocks(create("cifar_resnet20", drop_path_rate=0.2, drop_path_schedule="uniform"))
+    assert [block.survival for block in blocks] == [0.8] * 9
+    assert {block.mode for block in stochastic_blocks(create(drop_path_mode="row"))} == {"row"}
+
+
+def test_dropout_before_the_classifier():
+    network = create("cifar_resnet20", drop_rate=0.5).train()
+    features = torch.ones(2, 64, 8, 8)
+    dropped = network.forward_head(features, pre_logits=True)
+    assert set(dropped.unique().tolist()) == {0.0, 2.0}
+    assert torch.equal(network.eval().forward_head(features, pre_logits=True), torch.ones(2, 64))
+
+
+@pytest.mark.parametrize(("pool", "features"), [("avg", 64), ("max", 64), ("avgmax", 64), ("catavgmax", 128)])
+def test_pooling(pool, features):
+    network = create(global_pool=pool).eval()
+    assert network.head_hidden_size == features
+    assert network(images()).shape == (2, 10)
+
+
+# timm's interface, beyond its own tests
+
+
+def test_data_configuration():
+    config = resolve_model_data_config(create())
+    assert config["input_size"] == (3, 32, 32)
+    assert config["mean"] == (0.4914, 0.4822, 0.4465)
+    assert config["crop_pct"] == 1.0
+    labels = create().pretrained_cfg["label_names"]
+    assert labels[:2] == ("airplane", "automobile")
+    network = create("cifar_resnet20_sd.cifar100")
+    assert network(images()).shape == (2, 100)
+    labels = network.pretrained_cfg["label_names"]
+    assert len(set(labels)) == 100
+    assert list(labels) == sorted(labels)
+    assert resolve_model_data_config(network)["mean"] == (0.5071, 0.4865, 0.4409)
+
+
+def test_other_channels_and_classes():
+    assert create(in_chans=1, num_classes=7)(images(channels=1)).shape == (2, 7)
+
+
+def test_classifier():
+    network = create().eval()
+    assert network.get_classifier() is network.fc
+    features = network.forward_features(images())
+    pooled = network.forward_head(features, pre_logits=True)
+    torch.testing.assert_close(pooled, features.mean((2, 3)))
+    network.reset_classifier(5)
+    assert network(images()).shape == (2, 5)
+    network.reset_classifier(0)
+    assert torch.equal(network(images()), pooled)
+    network.reset_classifier(0, "")
+    assert torch.equal(network(images()), features)
+
+
+def test_parameter_groups_follow_depth():
+    network = create()
+    groups = timm.models.group_parameters(network, network.group_matcher(), reverse=True)
+    assert groups["conv1.weight"] == groups["bn1.weight"] == 0
+    order = [groups[f"stages.{stage}.{block}.branch.conv1.weight"] for stage in range(3) for block in range(3)]
+    assert order == list(range(1, 10))
+    assert groups["fc.weight"] == 10
+    coarse = timm.models.group_parameters(network, network.group_matcher(coarse=True), reverse=True)
+    assert [coarse[f"stages.{stage}.2.branch.bn2.bias"] for stage in range(3)] == [1, 2, 3]
+    optimizer = create_optimizer_v2(network, "sgd", lr=1.0, layer_decay=0.5)
+    scales = {id(p): group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
+    assert scales[id(network.fc.weight)] == 1
+    assert scales[id(network.conv1.weight)] == 0.5**10
+
+
+def test_features_only():
+    features = create(features_only=True)
+    assert features.feature_info.channels() == [16, 32, 64]
+    assert features.feature_info.reduction() == [1, 2, 4]
+    assert [tuple(output.shape) for output in features(images())] == [(2, 16, 32, 32), (2, 32, 16, 16), (2, 64, 8, 8)]
+    last = create(features_only=True, out_indices=(-1,))
+    assert [tuple(output.shape) for output in last(images())] == [(2, 64, 8, 8)]
+    first = create(features_only=True, out_indices=(0,))
+    assert len(stochastic_blocks(first)) == 3, "groups after the last feature are pruned"
+
+
+@pytest.mark.parametrize("indices", [None, 1, [0, 2], [-2]])
+def test_forward_intermediates(indices):
+    network = create().eval()
+    features, taken = network.forward_intermediates(images(), indices)
+    torch.testing.assert_close(features, network.forward_features(images()))
+    outputs, x = [], network.act1(network.bn1(network.conv1(images())))
+    for stage in network.stages:
+        x = stage(x)
+        outputs.append(x)
+    expected = {None: [0, 1, 2], 1: [2]}.get(indices if not isinstance(indices, list) else "", indices)
+    for output, index in zip(taken, expected, strict=True):
+        torch.testing.assert_close(output, outputs[index])
+    with pytest.raises(ValueError, match="output_fmt=NHWC, but it must be NCHW"):
+        network.forward_intermediates(images(), output_fmt="NHWC")
+
+
+def test_exports():
+    network = create().eval()
+    x = images()
+    with torch.no_grad():
+        expected = network(x)
+        torch.testing.assert_close(torch.compile(network, fullgraph=True, backend="eager")(x), expected)
+        torch.testing.assert_close(torch.export.export(network, (x,)).module()(x), expected)
+        torch.testing.assert_close(torch.fx.symbolic_trace(network)(x), expected)
+        torch.testing.assert_close(torch.jit.script(network)(x), expected)
+        torch.testing.assert_close(torch.jit.trace(network, x)(x), expected)
+
+
+def test_plain_network_trains_in_one_graph():
+    torch.manual_seed(0)
+    network = create("cifar_resnet20").train()
+    expected = copy.deepcopy(network)(images())
+    torch.testing.assert_close(torch.compile(network, fullgraph=True, backend="aot_eager")(images()), expected)
+
+
+def test_copies():
+    network = create().eval()
+    for other in (copy.deepcopy(network), pickle.loads(pickle.dumps(network))):
+        assert torch.equal(other(images()), network(images()))
+        assert repr(other) == repr(network)
+
+
+def test_moving_average():
+    network = create()
+    average = ModelEmaV3(network, decay=0.9)
+    before = average.module.conv1.weight.detach().clone()
+    with torch.no_grad():
+        network.conv1.weight += 1
+    average.update(network)
+    torch.testing.assert_close(average.module.conv1.weight, before + 0.1)
+    assert torch.equal(average.module.survival, network.survival)

@@ -1,0 +1,149 @@
+"""Split, standardisation and augmentation against torchvision's and per-image loops."""
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torchvision.transforms import functional as transforms
+
+from timm_sd import data
+from timm_sd.errors import UserError
+
+
+def make_set(num_images=50):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (num_images, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    return data.ImageSet(images, torch.arange(num_images))
+
+
+def make_standardise():
+    return data.Standardise.of(timm.create_model("cifar_resnet20.cifar10"), torch.device("cpu"))
+
+
+def test_standardise_is_torchvisions():
+    images = make_set(5).images
+    expected = torch.stack(
+        [
+            transforms.normalize(
+                transforms.to_tensor(image.permute(1, 2, 0).numpy()), (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+            )
+            for image in images
+        ]
+    )
+    torch.testing.assert_close(make_standardise()(images), expected)
+
+
+def test_shift_and_flip_image_by_image():
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(81, 3, 32, 32, generator=generator)
+    shifts = torch.cartesian_prod(torch.arange(9), torch.arange(9))
+    flips = torch.rand(81, generator=generator) < 0.5
+    outputs = data.shift_and_flip(images, shifts, flips)
+    for image, (down, right), flip, output in zip(images, shifts.tolist(), flips, outputs, strict=True):
+        expected = torch.zeros(3, 32, 32)
+        for row in range(32):
+            for column in range(32):
+                source = row + down - 4, column + right - 4
+                if 0 <= source[0] < 32 and 0 <= source[1] < 32:
+                    expected[:, row, column] = image[:, source[0], source[1]]
+        assert torch.equal(output, expected.flip(2) if flip else expected)
+
+
+def epoch_of(images, seed=0, epoch=1, batch_size=16):
+    return list(data.training_batches(images, batch_size, make_standardise(), seed, epoch))
+
+
+def test_an_epoch_holds_every_image_once_and_a_partial_last_batch():
+    batches = epoch_of(make_set())
+    assert [len(labels) for _, labels in batches] == [16, 16, 16, 2]
+    order = torch.cat([labels for _, labels in batches])
+    assert order.tolist() != list(range(50))
+    assert order.sort().values.tolist() == list(range(50))
+    assert all(images.is_contiguous(memory_format=torch.channels_last) for images, _ in batches)
+
+
+def test_each_training_image_is_a_shift_of_its_own():
+    images = make_set()
+    standardised = torch.nn.functional.pad(make_standardise()(images.images), (4, 4, 4, 4))
+    seen = set()
+    for batch, labels in epoch_of(images):
+        for image, label in zip(batch, labels, strict=True):
+            found = [
+                (down, right, flip)
+                for down in range(9)
+                for right in range(9)
+                for flip in (False, True)
+                if torch.equal(
+                    image.flip(2) if flip else image, standardised[label, :, down : down + 32, right : right + 32]
+                )
+            ]
+            assert len(found) == 1
+            seen.add(found[0])
+    assert len(seen) > 30, "images share their shifts"
+    assert {flip for _, _, flip in seen} == {False, True}
+    assert {down for down, _, _ in seen} == set(range(9))
+
+
+def test_batches_are_a_function_of_seed_and_epoch():
+    def flat(**kwargs):
+        return torch.cat([images.flatten() for images, _ in epoch_of(make_set(), **kwargs)])
+
+    torch.manual_seed(1)
+    first = flat(seed=3, epoch=2)
+    torch.manual_seed(2)
+    assert torch.equal(first, flat(seed=3, epoch=2))
+    assert not torch.equal(first, flat(seed=3, epoch=3))
+    assert not torch.equal(first, flat(seed=4, epoch=2))
+
+
+def test_evaluation_batches_are_the_images_in_order():
+    images = make_set()
+    batches = list(data.evaluation_batches(images, 20, make_standardise()))
+    assert [len(labels) for _, labels in batches] == [20, 20, 10]
+    assert torch.equal(torch.cat([labels for _, labels in batches]), images.labels)
+    torch.testing.assert_close(torch.cat([batch for batch, _ in batches]), make_standardise()(images.images))
+
+
+def test_split_is_a_random_partition():
+    images = make_set(500)
+    training, validation = data.split(images, seed=0)
+    assert (len(training), len(validation)) == (450, 50)
+    assert sorted(training.labels.tolist() + validation.labels.tolist()) == list(range(500))
+    assert validation.labels.float().mean() == pytest.approx(250, abs=75)
+    assert torch.equal(images.images[validation.labels], validation.images)
+    assert torch.equal(data.split(images, seed=0)[1].labels, validation.labels)
+    assert not torch.equal(data.split(images, seed=1)[1].labels, validation.labels)
+
+
+def test_synthetic_images():
+    training, test = data.load("synthetic", "nowhere")
+    assert (training.images.shape, training.images.dtype) == ((5000, 3, 32, 32), torch.uint8)
+    assert (test.images.shape, test.labels.dtype) == ((1000, 3, 32, 32), torch.int64)
+    assert training.labels.bincount().tolist() == [500] * 10
+    assert torch.equal(data.draw_shapes(100, seed=4).images, data.draw_shapes(100, seed=4).images)
+    assert not torch.equal(training.images[:1000], test.images)
+    # Stripes (8 horizontal, 9 vertical) tell classes apart: their variation runs along different axes.
+    gradients = [
+        np.abs(np.diff(training.images[training.labels == label].float().mean(1).numpy(), axis=axis)).mean()
+        for label in (8, 9)
+        for axis in (1, 2)
+    ]
+    assert gradients[0] > gradients[1] + 1
+    assert gradients[3] > gradients[2] + 1
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
+def test_missing_data(tmp_path, dataset):
+    with pytest.raises(UserError, match=f"{dataset} is missing or corrupt in .*--download") as error:
+        data.load(dataset, tmp_path / "nothing")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_corrupt_data(tmp_path):
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    for name in ["batches.meta", "test_batch", *(f"data_batch_{index}" for index in range(1, 6))]:
+        (folder / name).write_bytes(b"not what was published")
+    with pytest.raises(UserError, match="cifar10 is missing or corrupt"):
+        data.load("cifar10", tmp_path)

@@ -1,0 +1,162 @@
+"""Data sets as tensors on the training device, and the authors' split, standardisation and augmentation.
+
+Everything random is drawn on the CPU as a function of (seed, epoch), so a run sees the same batches on any device.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import timm.data
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.datasets import CIFAR10, CIFAR100
+
+from .errors import UserError
+
+MAX_SHIFT = 4
+VALIDATION_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """N labelled images: `images` uint8 of shape (N, C, H, W), `labels` int64 of shape (N,)."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: Tensor | slice) -> "ImageSet":
+        return replace(self, images=self.images[index], labels=self.labels[index])
+
+    def to(self, device: torch.device) -> "ImageSet":
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+
+
+def load(dataset: str, data_dir: Path, download: bool = False) -> tuple[ImageSet, ImageSet]:
+    """The training and test images of "cifar10", "cifar100" (50,000 and 10,000) or "synthetic" (5,000 and 1,000).
+
+    CIFAR is read from torchvision's files in `data_dir`, whose MD5 sums it checks, and fetched only with `download`.
+
+    Raises UserError if files are missing or corrupt, or cannot be fetched.
+    """
+    if dataset == "synthetic":
+        return draw_shapes(5000, seed=0), draw_shapes(1000, seed=1)
+    torchvision_set = {"cifar10": CIFAR10, "cifar100": CIFAR100}[dataset]
+    parts = []
+    for train in (True, False):
+        try:
+            part = torchvision_set(data_dir, train=train, download=download)
+        except (OSError, RuntimeError) as error:
+            way_out = (
+                f"downloading it failed ({' '.join(str(error).split())})"
+                if download
+                else "give its folder as --data-dir, fetch it with --download, or try --dataset synthetic"
+            )
+            raise UserError(f"{dataset} is missing or corrupt in {str(data_dir)!r}: {way_out}") from error
+        parts.append(ImageSet(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)))
+    return parts[0], parts[1]
+
+
+def draw_shapes(num_images: int, seed: int) -> ImageSet:
+    """A learnable stand-in for CIFAR-10: 32x32 images of ten shapes, each of random place, size, colours and noise.
+
+    The classes are disc, ring, square, frame, triangle pointing up, triangle pointing down, cross, diagonal cross,
+    horizontal stripes and vertical stripes. All are their own mirror images, so flips keep the class.
+    """
+    random = np.random.default_rng(seed)
+    labels = np.arange(num_images) % 10
+    centre = random.uniform(12, 20, (2, num_images, 1, 1))
+    radius = random.uniform(6, 11, (num_images, 1, 1))
+    y = (np.arange(32).reshape(1, 32, 1) - centre[0]) / radius
+    x = np.abs(np.arange(32).reshape(1, 1, 32) - centre[1]) / radius
+    distance = np.hypot(x, y)
+    box = np.maximum(x, np.abs(y))
+    shapes = [
+        distance < 1,
+        (distance < 1) & (distance > 0.55),
+        box < 0.85,
+        (box < 0.85) & (box > 0.45),
+        (x < (y + 0.9) / 2) & (y < 0.8),
+        (x < (0.9 - y) / 2) & (y > -0.8),
+        (np.minimum(x, np.abs(y)) < 0.3) & (box < 1),
+        (np.abs(x - np.abs(y)) < 0.35) & (box < 1),
+        (y * 1.5 % 1 < 0.5) & (box < 1),
+        (x * 1.5 % 1 < 0.5) & (box < 1),
+    ]
+    inside = np.choose(labels.reshape(-1, 1, 1), shapes)[:, None]
+    background = random.uniform(0, 255, (num_images, 3, 1, 1))
+    shape_colour = (background + random.uniform(80, 175, background.shape)) % 255
+    images = np.where(inside, shape_colour, background) + random.normal(0, 25, (num_images, 3, 32, 32))
+    return ImageSet(torch.from_numpy(images.clip(0, 255).astype(np.uint8)), torch.from_numpy(labels))
+
+
+def split(data: ImageSet, seed: int) -> tuple[ImageSet, ImageSet]:
+    """A random split into nine tenths for training and one tenth for validation (45,000 and 5,000 of CIFAR's)."""
+    order = torch.randperm(len(data), generator=_generator(seed, epoch=0))
+    held_out = round(VALIDATION_SHARE * len(data))
+    return data[order[held_out:]], data[order[:held_out]]
+
+
+@dataclass(frozen=True)
+class Standardise:
+    """uint8 images of shape (B, C, H, W) to float32 (image / 255 - mean) / std; `mean`, `std` of shape (C, 1, 1)."""
+
+    mean: Tensor
+    std: Tensor
+
+    @classmethod
+    def of(cls, network: nn.Module, device: torch.device) -> "Standardise":
+        """What a timm network's data configuration says."""
+        config = timm.data.resolve_model_data_config(network)
+        return cls(*(torch.tensor(config[key], device=device).view(-1, 1, 1) for key in ("mean", "std")))
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return (images / 255 - self.mean) / self.std
+
+
+def shift_and_flip(images: Tensor, shifts: Tensor, flips: Tensor) -> Tensor:
+    """Each image shifted by its own offset, uncovered pixels zero, then flipped left to right or not.
+
+    Args:
+        images: Standardised images of shape (B, C, H, W): zero is the mean colour, as in the authors' code.
+        shifts: (B, 2) integers in 0..2 * MAX_SHIFT, down and right: MAX_SHIFT - shift is how far the image moves.
+        flips: (B,) bools.
+    """
+    height, width = images.shape[2:]
+    padded = F.pad(images, (MAX_SHIFT,) * 4)
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # (B, C, shift, shift, H, W), a view
+    shifted = windows[torch.arange(len(images), device=images.device), :, shifts[:, 0], shifts[:, 1]]
+    return torch.where(flips.view(-1, 1, 1, 1), shifted.flip(3), shifted)
+
+
+def training_batches(
+    data: ImageSet, batch_size: int, standardise: Standardise, seed: int, epoch: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """One epoch of (images, labels): every image once, in random order and augmented, the last batch partial."""
+    generator = _generator(seed, epoch)
+    device = data.labels.device
+    order = torch.randperm(len(data), generator=generator).to(device)
+    shifts = torch.randint(2 * MAX_SHIFT + 1, (len(data), 2), generator=generator).to(device)
+    flips = (torch.rand(len(data), generator=generator) < 0.5).to(device)
+    for start in range(0, len(data), batch_size):
+        drawn = slice(start, start + batch_size)
+        batch = data[order[drawn]]
+        images = shift_and_flip(standardise(batch.images), shifts[drawn], flips[drawn])
+        yield images.contiguous(memory_format=torch.channels_last), batch.labels
+
+
+def evaluation_batches(data: ImageSet, batch_size: int, standardise: Standardise) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of (images, labels): every image once, in order and as it is."""
+    for start in range(0, len(data), batch_size):
+        batch = data[start : start + batch_size]
+        yield standardise(batch.images).contiguous(memory_format=torch.channels_last), batch.labels
+
+
+def _generator(seed: int, epoch: int) -> torch.Generator:
+    """A CPU generator of its own for each (seed, epoch); torch's uses the low 32 bits of a seed."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0]))
