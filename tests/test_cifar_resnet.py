@@ -157,6 +157,7 @@ def test_other_image_sizes(size):
         ("drop_path_mode", "pixel", r"drop_path_mode='pixel', but it must be one of 'batch', 'row'"),
         ("drop_rate", 1.5, r"drop_rate=1\.5, but it must lie in \[0, 1\]"),
         ("global_pool", "median", r"global_pool='median', but it must be one of 'avg', 'max'"),
+        ("global_pool", "", r"global_pool='' goes with num_classes=0 only"),
         ("num_classes", -1, r"num_classes=-1, but it must be at least 0"),
         ("in_chans", 0, r"in_chans=0, but it must be at least 1"),
     ],

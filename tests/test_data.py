@@ -133,6 +133,31 @@ def test_synthetic_images():
 
 
 @pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
+@pytest.mark.parametrize("download", [False, True])
+def test_cifar_is_torchvisions(monkeypatch, dataset, download):
+    class Cifar:
+        """As torchvision's: `data` uint8 of shape (N, 32, 32, 3), `targets` a list."""
+
+        def __init__(self, root, train, download):
+            self.asked = (root, download)
+            size = 7 if train else 5
+            self.data = np.random.default_rng(size).integers(0, 256, (size, 32, 32, 3), dtype=np.uint8)
+            self.targets = list(range(10, 10 + size))
+            made.append(self)
+
+    made = []
+    monkeypatch.setattr(data, dataset.upper(), Cifar)
+    parts = data.load(dataset, "folder", download)
+    assert [cifar.asked for cifar in made] == [("folder", download)] * 2
+    assert [len(part) for part in parts] == [7, 5]
+    for part, cifar in zip(parts, made, strict=True):
+        assert part.labels.tolist() == cifar.targets
+        for image, pixels in zip(part.images.numpy(), cifar.data, strict=True):
+            for channel in range(3):
+                assert (image[channel] == pixels[:, :, channel]).all()
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
 def test_missing_data(tmp_path, dataset):
     with pytest.raises(UserError, match=f"{dataset} is missing or corrupt in .*--download") as error:
         data.load(dataset, tmp_path / "nothing")

@@ -22,12 +22,14 @@ TARGETS = {
 
 @pytest.fixture(scope="module")
 def trained():
-    """A network whose parameters and statistics have all moved off their initial values."""
+    """A network whose parameters and statistics are no longer the initial ones, as after training."""
     torch.manual_seed(0)
-    network = timm.create_model("cifar_resnet20_sd")
-    for tensor in [*network.parameters(), *network.buffers()]:
-        if tensor.is_floating_point() and tensor is not network.survival:
-            tensor.data += 0.1 * torch.rand_like(tensor)
+    network = timm.create_model("cifar_resnet20_sd").train()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+        for _ in range(20):
+            network(torch.randn(32, 3, 32, 32))
     return network.eval()
 
 
@@ -168,7 +170,10 @@ def test_half_precision(trained):
     last_bn = "stages.2.2.branch.bn2.weight"
     assert torch.equal(same.state_dict()[last_bn], state[last_bn].float())
     with torch.inference_mode():
-        torch.testing.assert_close(plain.eval()(images()), same.eval()(images()), rtol=0.05, atol=0.05)
+        expected = same.eval()(images())
+        difference = plain.eval()(images()) - expected
+    # bfloat16 keeps 8 bits, of the probabilities too.
+    assert difference.norm() < 2**-7 * expected.norm()
 
 
 def test_other_classes_keep_the_features(trained, checkpoint):

@@ -37,7 +37,7 @@ def branch_by_hand(block, x, batch_statistics):
 
 
 def inputs(batch_size=6):
-    return torch.rand(batch_size, 4, 5, 5, generator=torch.Generator().manual_seed(1))
+    return torch.randn(batch_size, 4, 5, 5, generator=torch.Generator().manual_seed(1))
 
 
 def small_network(**kwargs):
@@ -108,6 +108,7 @@ def test_gates_open_as_often_as_they_should():
     assert ((frequency - p).abs() < 5 * (p * (1 - p) / steps).sqrt()).all()
     rows = draw_gates(p, 0, 0, batch_size=steps)
     assert rows.shape == (54, steps)
+    assert draw_gates(p.bfloat16(), 0, 0, batch_size=0).shape == (54, 0)
     assert ((rows.double().mean(1) - p).abs() < 5 * (p * (1 - p) / steps).sqrt()).all()
 
 
@@ -238,6 +239,27 @@ def test_rows(kept):
     assert block.branch[1].num_batches_tracked == bool(kept)
 
 
+def test_rows_promote_types_as_addition_does():
+    block = make_block(mode="row").double().train()
+    block.branch.append(ToFloat32())
+    x = inputs().bfloat16()
+    block.branch.insert(0, ToDouble())
+    with use_gates(block, torch.tensor([[True, False] * 3])):
+        output = block(x)
+    assert output.dtype == torch.float32
+    assert torch.equal(output[1::2], x[1::2].float())
+
+
+class ToDouble(nn.Module):
+    def forward(self, x):
+        return x.double()
+
+
+class ToFloat32(nn.Module):
+    def forward(self, x):
+        return x.float()
+
+
 def test_rows_under_autocast():
     network = small_network(drop_path_mode="row").train()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -298,6 +320,15 @@ def test_gates_for_another_batch():
     gates = torch.ones(9, 3, dtype=torch.bool)
     with pytest.raises(ValueError, match="gates for 3 samples, but the batch has 4"), use_gates(network, gates):
         network(images())
+
+
+def test_contexts_nest():
+    block = make_block().train()
+    with use_gates(block, torch.tensor([False])):
+        with use_gates(block, torch.tensor([True])):
+            assert not torch.equal(block(inputs()), inputs())
+        for _ in range(10):
+            assert torch.equal(block(inputs()), inputs())
 
 
 def test_gates_end_with_their_context():
@@ -393,7 +424,7 @@ def test_gradient_checkpointing_computes_the_same_blocks_again(mode, handed):
 
 
 def train_under_ddp(rank, init_file, mode):
-    """Two steps on gates of each rank's own: parameters must be ready for reduction all the same."""
+    """Three steps on gates of each rank's own: parameters must be ready for reduction all the same."""
     warnings.simplefilter("error", UserWarning)
     dist.init_process_group("gloo", init_method=f"file://{init_file}", rank=rank, world_size=2)
     network = small_network(drop_path_mode=mode).to(memory_format=torch.channels_last).train()

@@ -4,6 +4,7 @@ from .cifar_resnet import CifarResNet
 from .stochastic_depth import (
     StochasticDepth,
     draw_gates,
+    load_survival,
     stochastic_blocks,
     survival_probabilities,
     use_gates,
@@ -13,6 +14,7 @@ __all__ = [
     "CifarResNet",
     "StochasticDepth",
     "draw_gates",
+    "load_survival",
     "stochastic_blocks",
     "survival_probabilities",
     "use_gates",

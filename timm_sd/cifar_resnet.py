@@ -40,7 +40,7 @@ class PaddedPool(nn.Module):
         super().__init__()
         self.new_channels = new_channels
         # ceil_mode: an odd size is halved upwards, as by the branch's convolution.
-        self.pool = nn.AvgPool2d(stride, ceil_mode=True, count_include_pad=False)
+        self.pool = nn.AvgPool2d(stride, ceil_mode=True)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.pad(self.pool(x), (0, 0, 0, 0, 0, self.new_channels))
@@ -105,6 +105,8 @@ class CifarResNet(nn.Module):
             drop_path_rate: 1 - p_L, in [0, 1): 0 is constant depth.
             drop_path_schedule: "linear", the paper's decay from p_0 = 1 to p_L, or "uniform".
             drop_path_mode: "batch", the paper's gate a block for the whole mini-batch, or "row", a gate a sample.
+            device: Where parameters and buffers are made.
+            dtype: Their type.
 
         Raises:
             ValueError: An argument has a value that is not allowed.
@@ -121,6 +123,8 @@ class CifarResNet(nn.Module):
         check_choice("drop_path_schedule", drop_path_schedule, SCHEDULES)
         check_choice("drop_path_mode", drop_path_mode, MODES)
         _check_head(num_classes, global_pool)
+        if num_classes and not global_pool:
+            raise ValueError(f"global_pool='' goes with num_classes=0 only, and not with num_classes={num_classes!r}")
 
         dd = {"device": device, "dtype": dtype}
         n = (depth - 2) // 6

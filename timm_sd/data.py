@@ -34,6 +34,7 @@ class ImageSet:
         return replace(self, images=self.images[index], labels=self.labels[index])
 
     def to(self, device: torch.device) -> "ImageSet":
+        """The same on a device."""
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
 

@@ -50,10 +50,10 @@ def draw_gates(survival: Sequence[float] | Tensor, seed: int, step: int, batch_s
     A pure function of its arguments, so a resumed run and every process of a distributed one hold the same gates.
     Returns a bool tensor on the CPU of shape (L,) for mode "batch", or (L, batch_size) for mode "row".
     """
-    survival = np.asarray(survival, dtype=np.float64).reshape(-1, 1)
-    uniform = np.random.default_rng([seed, step]).random((len(survival), batch_size or 1))
-    gates = torch.from_numpy(uniform < survival)
-    return gates if batch_size else gates.squeeze(1)
+    shape = (len(survival), 1 if batch_size is None else batch_size)
+    uniform = torch.from_numpy(np.random.default_rng([seed, step]).random(shape))
+    gates = uniform < torch.as_tensor(survival, dtype=torch.float64, device="cpu").unsqueeze(1)
+    return gates.squeeze(1) if batch_size is None else gates
 
 
 class _Dropped(torch.autograd.Function):
@@ -82,6 +82,8 @@ class StochasticDepth(nn.Module):
 
     By default the gate of a training pass is drawn from torch's global CPU generator, so there is no waiting for a GPU;
     `use_gates` hands it over instead. A block with p_b = 1 draws nothing. TorchScript always follows eq. 5.
+
+    The output of a dropped block can be its input: do not change it in place.
     """
 
     def __init__(
@@ -99,7 +101,12 @@ class StochasticDepth(nn.Module):
             shortcut: s_b, with an output of the branch's shape.
             activation: Applied to the sum.
             survival: p_b.
-            mode: "batch", one gate for the whole mini-batch as in the paper, or "row", a gate a sample.
+            mode: "batch", one gate for the whole mini-batch as in the paper, or "row", a gate a sample: the branch is
+                then computed for the kept samples alone, which are also all that its batch normalisation sees (it
+                needs more than one value a channel, so more than one sample where they are of a single pixel).
+
+        Raises:
+            ValueError: An unknown mode.
         """
         super().__init__()
         check_choice("mode", mode, MODES)
@@ -121,7 +128,8 @@ class StochasticDepth(nn.Module):
 
     def _residual_of_rows(self, x: Tensor, rows: Tensor) -> Tensor:
         shortcut = self.shortcut(x)
-        return self.activation(shortcut.index_add(0, rows, self.branch(x.index_select(0, rows)).to(shortcut.dtype)))
+        kept = self.activation(shortcut.index_select(0, rows) + self.branch(x.index_select(0, rows)))
+        return shortcut.to(kept.dtype).index_copy(0, rows, kept)
 
     # A gate read inside a compiled region would become part of it, one graph for each pattern of gates. This stays
     # outside, while what it calls is compiled.
@@ -158,7 +166,8 @@ def use_gates(network: nn.Module, gates: Tensor) -> Iterator[None]:
 
     The context must hold the pass's backward too, since gradient checkpointing computes blocks again there:
 
-        with use_gates(network, draw_gates(network.survival, seed, step)):
+        survival = [block.survival for block in stochastic_blocks(network)]
+        with use_gates(network, draw_gates(survival, seed, step)):
             loss = criterion(network(images), labels)
             loss.backward()
 
@@ -178,20 +187,22 @@ def use_gates(network: nn.Module, gates: Tensor) -> Iterator[None]:
             f"gates of type {gates.dtype} and shape {tuple(gates.shape)}, but this network's {len(blocks)} blocks in"
             f" mode {mode!r} take torch.bool of shape {shape}"
         )
+    outer_gates = [block.gate for block in blocks]
     for block, gate in zip(blocks, gates.cpu(), strict=True):
         block.gate = gate
     try:
         yield
     finally:
-        for block in blocks:
-            block.gate = None
+        for block, gate in zip(blocks, outer_gates, strict=True):
+            block.gate = gate
 
 
 def load_survival(network: nn.Module, own: Sequence[float], state_dict: dict[str, Tensor], prefix: str) -> None:
     """Change `state_dict` in place so that loading it leaves `network` computing, in inference, what it was trained to.
 
     p * f(x) is f(x) with the parameters of f's last module multiplied by p. So a branch trained with p_b that is now
-    scaled by p'_b takes those parameters times p_b / p'_b. A network calls this from its `_load_from_state_dict`.
+    scaled by p'_b takes those parameters times p_b / p'_b, to the precision in which the checkpoint holds them. A
+    network calls this from its `_load_from_state_dict`.
 
     Args:
         network: Holds the first blocks of L, all of them unless it was pruned.

@@ -4,6 +4,8 @@ import json
 import math
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -19,7 +21,7 @@ from tqdm.auto import tqdm
 
 from . import data
 from .errors import UserError
-from .stochastic_depth import draw_gates, use_gates
+from .stochastic_depth import draw_gates, stochastic_blocks, use_gates
 
 MODELS = timm.list_models(module="cifar_resnet")
 DATASETS = ("cifar10", "cifar100", "synthetic")
@@ -33,8 +35,8 @@ WEIGHTS_FILE = "model.safetensors"
 class Options:
     """What a run is a function of. The defaults are the authors' protocol on CIFAR-10.
 
-    `drop_path` is 1 - p_L, None for the network's own; `output` the run's folder, None for a name made of the rest.
-    Raises UserError for a value that is not allowed.
+    `drop_path` is 1 - p_L, None for the network's own; `output` the run's folder, None for one named after the model,
+    the data set and the seed. Raises UserError for a value that is not allowed.
     """
 
     model: str = "cifar_resnet110_sd"
@@ -67,6 +69,7 @@ class Options:
 
     @property
     def output_dir(self) -> Path:
+        """The run's folder."""
         return self.output or Path("output") / f"{self.model}-{self.dataset}-seed{self.seed}"
 
 
@@ -102,6 +105,8 @@ def train(options: Options) -> None:
     accelerator = Accelerator()
     if accelerator.num_processes > 1:
         raise UserError("training runs in one process: launch it with --num_processes 1")
+    if accelerator.gradient_accumulation_steps > 1:
+        raise UserError("every batch is a step of its own: launch it with --gradient_accumulation_steps 1")
 
     learning_set, test_set = data.load(options.dataset, options.data_dir, options.download)
     training_set, validation_set = data.split(learning_set, options.seed)
@@ -113,19 +118,19 @@ def train(options: Options) -> None:
     optimizer = torch.optim.SGD(
         network.parameters(), lr=options.lr, momentum=0.9, nesterov=True, weight_decay=options.weight_decay
     )
-    network, optimizer = accelerator.prepare(network, optimizer)
+    model, optimizer = accelerator.prepare(network, optimizer)  # the network in its wrappers
 
     best = None
-    with _create_run(options.output_dir) as metrics:
+    with _new_run(options.output_dir) as metrics:
         for epoch in range(1, options.epochs + 1):
             started = time.perf_counter()
-            figures = train_epoch(accelerator, network, optimizer, training_set, standardise, options, epoch)
-            figures["validation_error"] = evaluate(network, validation_set, standardise)
-            figures["test_error"] = evaluate(network, test_set, standardise)
+            figures = train_epoch(accelerator, model, optimizer, training_set, standardise, options, epoch)
+            figures["validation_error"] = evaluate(model, validation_set, standardise)
+            figures["test_error"] = evaluate(model, test_set, standardise)
             figures["seconds"] = time.perf_counter() - started
             if best is None or figures["validation_error"] < best["validation_error"]:
                 best = figures
-                _save_weights(accelerator.unwrap_model(network), options.output_dir / WEIGHTS_FILE)
+                _save_weights(network, options.output_dir / WEIGHTS_FILE)
             print(json.dumps(figures), file=metrics, flush=True)
             accelerator.print(
                 "epoch {epoch}: lr {lr:g}, training loss {train_loss:.4f}, errors {train_error:.2f}% in training,"
@@ -140,7 +145,7 @@ def train(options: Options) -> None:
 
 def train_epoch(
     accelerator: Accelerator,
-    network: nn.Module,
+    model: nn.Module,
     optimizer: torch.optim.Optimizer,
     training_set: data.ImageSet,
     standardise: data.Standardise,
@@ -156,19 +161,19 @@ def train_epoch(
     lr = learning_rate(epoch, options.epochs, options.lr)
     for group in optimizer.param_groups:
         group["lr"] = lr
-    survival = accelerator.unwrap_model(network).survival_probabilities
+    survival = [block.survival for block in stochastic_blocks(model)]
     num_images, steps = len(training_set), math.ceil(len(training_set) / options.batch_size)
     loss_sum = torch.zeros((), device=accelerator.device)
     errors = torch.zeros((), device=accelerator.device, dtype=torch.int64)
     active_blocks = 0
 
-    network.train()
+    model.train()
     batches = data.training_batches(training_set, options.batch_size, standardise, options.seed, epoch)
     batches = tqdm(batches, f"epoch {epoch}/{options.epochs}", steps, unit="step", leave=False, disable=None)
     for step, (images, labels) in enumerate(batches, start=(epoch - 1) * steps):
         gates = draw_gates(survival, options.seed, step)
-        with use_gates(network, gates):
-            logits = network(images)
+        with use_gates(model, gates):
+            logits = model(images)
             loss = F.cross_entropy(logits, labels)
             accelerator.backward(loss)
         optimizer.step()
@@ -192,27 +197,38 @@ def train_epoch(
 
 
 @torch.inference_mode()
-def evaluate(network: nn.Module, images: data.ImageSet, standardise: data.Standardise) -> float:
+def evaluate(model: nn.Module, images: data.ImageSet, standardise: data.Standardise) -> float:
     """The top-1 error in percent."""
-    network.eval()
+    model.eval()
     errors = sum(
-        (network(batch).argmax(1) != labels).sum()
+        (model(batch).argmax(1) != labels).sum()
         for batch, labels in data.evaluation_batches(images, EVALUATION_BATCH_SIZE, standardise)
     )
     return 100 * errors.item() / len(images)
 
 
-def _create_run(folder: Path) -> TextIO:
-    """The opened metrics file of a new run. Raises UserError rather than touch a run that is there."""
+@contextmanager
+def _new_run(folder: Path) -> Iterator[TextIO]:
+    """The opened metrics file of a new run, gone again if the run ends before its first line.
+
+    Raises UserError rather than touch a run that is there.
+    """
+    file = folder / METRICS_FILE
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / WEIGHTS_FILE).exists():
             raise FileExistsError
-        return open(folder / METRICS_FILE, "x", encoding="utf-8")
+        metrics = file.open("x", encoding="utf-8")
     except FileExistsError as error:
         raise UserError(f"{folder} already holds a run: choose another --output") from error
     except OSError as error:
         raise UserError(f"cannot write to {folder} ({error.strerror}): choose another --output") from error
+    try:
+        with metrics:
+            yield metrics
+    finally:
+        if not file.stat().st_size:
+            file.unlink()
 
 
 def _save_weights(network: nn.Module, file: Path) -> None:
