@@ -76,8 +76,10 @@ def test_uniform_survival():
 
 @pytest.mark.parametrize("final", [0, -0.1, 1.1, float("nan")])
 def test_survival_out_of_range(final):
-    with pytest.raises(ValueError, match=r"must lie in \(0, 1\]"):
+    with pytest.raises(ValueError, match=r"final=.*must lie in \(0, 1\]"):
         survival_probabilities(3, final)
+    with pytest.raises(ValueError, match=r"survival=.*must lie in \(0, 1\]"):
+        make_block(survival=final)
 
 
 def test_unknown_schedule():

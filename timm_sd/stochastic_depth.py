@@ -28,6 +28,12 @@ def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
         raise ValueError(f"{name}={value!r}, but it must be one of {', '.join(map(repr, allowed))}")
 
 
+def check_survival(name: str, probability: float) -> None:
+    """Raise a ValueError naming the argument and its value unless it lies in (0, 1]."""
+    if not 0 < probability <= 1:
+        raise ValueError(f"{name}={probability!r}, but it must lie in (0, 1]")
+
+
 def survival_probabilities(num_blocks: int, final: float, schedule: str = "linear") -> list[float]:
     """The survival probabilities p_1..p_L of L = `num_blocks` blocks, `final` being p_L.
 
@@ -36,9 +42,8 @@ def survival_probabilities(num_blocks: int, final: float, schedule: str = "linea
 
     Raises ValueError for a `final` outside (0, 1] and for an unknown schedule.
     """
+    check_survival("final", final)
     check_choice("schedule", schedule, SCHEDULES)
-    if not 0 < final <= 1:
-        raise ValueError(f"the final survival probability is {final!r}, but it must lie in (0, 1]")
     if schedule == "uniform":
         return [final] * num_blocks
     return [1 - block / num_blocks * (1 - final) for block in range(1, num_blocks + 1)]
@@ -106,9 +111,10 @@ class StochasticDepth(nn.Module):
                 needs more than one value a channel, so more than one sample where they are of a single pixel).
 
         Raises:
-            ValueError: An unknown mode.
+            ValueError: A probability outside (0, 1], an unknown mode.
         """
         super().__init__()
+        check_survival("survival", survival)
         check_choice("mode", mode, MODES)
         self.branch = branch
         self.shortcut = shortcut
