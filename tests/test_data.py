@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-import timm
+import timm.data
 import torch
-from torchvision.transforms import functional as transforms
+from torchvision.transforms.functional import to_pil_image
 
 from timm_sd import data
 from timm_sd.errors import UserError
@@ -20,17 +20,14 @@ def make_standardise():
     return data.Standardise.of(timm.create_model("cifar_resnet20.cifar10"), torch.device("cpu"))
 
 
-def test_standardise_is_torchvisions():
+def test_standardise_is_what_timms_transform_does():
     images = make_set(5).images
-    expected = torch.stack(
-        [
-            transforms.normalize(
-                transforms.to_tensor(image.permute(1, 2, 0).numpy()), (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-            )
-            for image in images
-        ]
-    )
+    network = timm.create_model("cifar_resnet20.cifar10")
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(network))
+    expected = torch.stack([transform(to_pil_image(image)) for image in images])
     torch.testing.assert_close(make_standardise()(images), expected)
+    by_hand = (images[0, 1, 2, 3] / 255 - 0.4822) / 0.2435
+    torch.testing.assert_close(expected[0, 1, 2, 3], by_hand)
 
 
 def test_shift_and_flip_image_by_image():

@@ -223,12 +223,12 @@ def load_survival(network: nn.Module, own: Sequence[float], state_dict: dict[str
         return  # another network's: load_state_dict says so
     state_dict[prefix + "survival"] = own_survival.to(survival.device)
     # A network saved in half precision holds rounded probabilities: those are equal if ours round to them.
-    changed = (survival.cpu() != own_survival.to(survival.dtype)).tolist()
-    ratios = (survival.cpu() / own_survival).tolist()
+    equal = survival.cpu() == own_survival.to(survival.dtype)
+    ratios = torch.where(equal, 1.0, survival.cpu() / own_survival).tolist()
     blocks = [(name, module) for name, module in network.named_modules() if isinstance(module, StochasticDepth)]
-    for (name, block), change, ratio in zip(blocks, changed, ratios, strict=False):
+    for (name, block), ratio in zip(blocks, ratios, strict=False):
         last, module = list(block.branch.named_children())[-1]
-        keys = [f"{prefix}{name}.branch.{last}.{parameter}" for parameter, _ in module.named_parameters()]
-        for key in keys:
-            if change and key in state_dict:
+        for parameter, _ in module.named_parameters():
+            key = f"{prefix}{name}.branch.{last}.{parameter}"
+            if ratio != 1 and key in state_dict:
                 state_dict[key] = state_dict[key] * ratio

@@ -1,7 +1,8 @@
 """Time and memory of a training step, stochastic against constant depth: `python train_scripts/benchmark.py`.
 
 The two networks take turns step by step, so that whatever else the machine does falls on both. Stochastic depth's time
-is the mean over the gates of a run's first steps. Peak memory is measured in a process of its own for each network.
+is the mean over the gates of a run's first steps. Peak memory is that of the same steps, made again by each
+network in a process of its own.
 """
 
 import argparse
@@ -58,7 +59,7 @@ def main() -> None:
     names = args.model, f"{args.model}_sd"
 
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        memory = {name: pool.apply(peak_memory, (name, args.batch_size, 8)) for name in names}
+        memory = {name: pool.apply(peak_memory, (name, args.batch_size, args.steps)) for name in names}
 
     use_all_cores()
     steps = {name: make_step(name, args.batch_size) for name in names}
