@@ -1,59 +1,23 @@
 """The protocol step by step, and what the command line answers."""
 
-import importlib.util
 import json
 import os
-import sys
-from pathlib import Path
+import subprocess
+from dataclasses import fields, replace
 
-import numpy as np
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
 from accelerate.state import AcceleratorState
+from by_hand import assert_figures_are_close, protocol_by_hand
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from timm_sd import data, stochastic_blocks, training
+from timm_sd import StochasticDepth, data, stochastic_blocks, training
 from timm_sd.errors import UserError
-from timm_sd.training import Options, learning_rate
-
-SCRIPT = Path(__file__).parents[1] / "train_scripts" / "train.py"
-
-
-@pytest.fixture
-def few_images(monkeypatch):
-    """The command and all it calls, on 200 + 50 of the synthetic images."""
-    load = data.load
-
-    def load_few(*args):
-        learning, test = load(*args)
-        return learning[:200], test[:50]
-
-    monkeypatch.setattr(data, "load", load_few)
-
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """Run the script in this process; its exit status, its standard output and its error output."""
-    spec = importlib.util.spec_from_file_location("train", SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, args)])
-        try:
-            script.main()
-            status = 0
-        except SystemExit as error:
-            status = error.code
-            if isinstance(status, str):  # as Python's own handling of it does
-                print(status, file=sys.stderr)
-                status = 1
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return run
+from timm_sd.evaluation import Evaluation
+from timm_sd.options import Options
+from timm_sd.training import learning_rate
 
 
 def test_learning_rate_of_the_authors():
@@ -75,50 +39,6 @@ def test_defaults_are_the_papers():
     assert (options.batch_size, options.lr, options.weight_decay) == (128, 0.1, 1e-4)
 
 
-def protocol_by_hand(options, learning, test):
-    """Two epochs, with gates, Nesterov's momentum, weight decay and zero gradients of dropped blocks written out."""
-    train_set, validation_set = data.split(learning, options.seed)
-    torch.manual_seed(options.seed)
-    network = timm.create_model(options.model).to(memory_format=torch.channels_last)
-    standardise = data.Standardise.of(network, torch.device("cpu"))
-    velocity = {name: torch.zeros_like(parameter) for name, parameter in network.named_parameters()}
-    step, history, states = 0, [], []
-    for epoch in (1, 2):
-        lr = {1: 0.01, 2: 0.001}[epoch]
-        losses, wrong, opened = 0.0, 0, 0
-        network.train()
-        for images, labels in data.training_batches(train_set, options.batch_size, standardise, options.seed, epoch):
-            gates = np.random.default_rng([options.seed, step]).random(9) < np.array([1 - b / 18 for b in range(1, 10)])
-            step += 1
-            opened += gates.sum()
-            x = network.act1(network.bn1(network.conv1(images)))
-            blocks = [block for stage in network.stages for block in stage]
-            for block, gate in zip(blocks, gates, strict=True):
-                x = (block.branch(x) + block.shortcut(x)).relu() if gate else block.shortcut(x)
-            logits = network.fc(x.mean((2, 3)))
-            loss = F.cross_entropy(logits, labels)
-            network.zero_grad()
-            loss.backward()
-            losses += loss.item() * len(labels)
-            wrong += (logits.argmax(1) != labels).sum().item()
-            with torch.no_grad():
-                for name, parameter in network.named_parameters():
-                    gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                    gradient = gradient + options.weight_decay * parameter
-                    velocity[name] = 0.9 * velocity[name] + gradient
-                    parameter -= lr * (gradient + 0.9 * velocity[name])
-        network.eval()
-        with torch.inference_mode():
-            errors = [
-                100 * (network(standardise(part.images)).argmax(1) != part.labels).double().mean().item()
-                for part in (validation_set, test)
-            ]
-        figures = dict(lr=lr, train_loss=losses / 180, train_error=100 * wrong / 180, active_blocks=opened / 3)
-        history.append(figures | dict(validation_error=errors[0], test_error=errors[1]))
-        states.append({key: value.clone() for key, value in network.state_dict().items()})
-    return states, history
-
-
 def test_a_run_is_the_protocol(few_images, tmp_path):
     options = Options(
         model="cifar_resnet20_sd",
@@ -133,16 +53,19 @@ def test_a_run_is_the_protocol(few_images, tmp_path):
     training.train(options)
     states, history = protocol_by_hand(options, *data.load("synthetic", None, False))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["epoch"] for line in lines] == [1, 2]
+    assert len(lines) == 2
     for line, figures in zip(lines, history, strict=True):
-        for key, value in figures.items():
-            assert line[key] == pytest.approx(value, rel=1e-3), key
+        assert_figures_are_close(line, figures)
         assert line["images_per_second"] > 0
         assert line["seconds"] > 0
     best = min(range(2), key=lambda index: lines[index]["validation_error"])
     saved = load_file(tmp_path / "run" / "model.safetensors")
     torch.testing.assert_close(saved, states[best], rtol=1e-3, atol=1e-4)
-    assert sorted(file.name for file in (tmp_path / "run").iterdir()) == ["metrics.jsonl", "model.safetensors"]
+    result = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert result["test_error"] == lines[best]["test_error"]
+    assert result["validation_error"] == lines[best]["validation_error"]
+    assert (result["best_epoch"], result["last_test_error"]) == (best + 1, lines[1]["test_error"])
+    assert result["seconds"] == pytest.approx(lines[0]["seconds"] + lines[1]["seconds"])
 
 
 def test_a_run_is_a_function_of_its_seed(few_images, tmp_path):
@@ -161,9 +84,9 @@ def test_saved_weights_are_the_best_by_validation(few_images, tmp_path, monkeypa
     errors = iter([50.0, 9.0, 30.0, 8.0, 30.0, 1.0, 40.0, 0.0])
     states = []
 
-    def evaluate(network, *_):
+    def evaluate(accelerator, network, *_):
         states.append({key: value.clone() for key, value in network.state_dict().items()})
-        return next(errors)
+        return Evaluation(loss=0.0, error=next(errors), images=[], errors=[])
 
     monkeypatch.setattr(training, "evaluate", evaluate)
     training.train(Options("cifar_resnet20_sd", "synthetic", epochs=4, batch_size=64, output=tmp_path / "run"))
@@ -190,27 +113,46 @@ def test_weights_of_a_compiled_run_fit_the_plain_network(few_images, tmp_path, m
     timm.create_model("cifar_resnet20_sd").load_state_dict(load_file(tmp_path / "run" / "model.safetensors"))
 
 
+def content_of(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("precision", ["fp16", "fp8"])
+def test_other_precisions_are_refused(few_images, tmp_path, monkeypatch, precision):
+    class Fp16:
+        """What Accelerate would make on a machine that can."""
+
+        mixed_precision, num_processes, gradient_accumulation_steps = precision, 1, 1
+
+    monkeypatch.setattr(training, "Accelerator", lambda **_: Fp16())
+    with pytest.raises(UserError, match=f"--mixed_precision {precision}: launch it with no or bf16"):
+        training.train(Options("cifar_resnet20_sd", "synthetic", output=tmp_path / "run"))
+
+
+def test_bf16(few_images, tmp_path, monkeypatch):
+    """Training computes in bfloat16; the figures are those of the plain weights in float32."""
+    AcceleratorState._reset_state(True)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    seen = []
+    forward = StochasticDepth.forward
+    monkeypatch.setattr(
+        StochasticDepth, "forward", lambda block, x: seen.append((block.training, x.dtype)) or forward(block, x)
+    )
+    training.train(Options("cifar_resnet20_sd", "synthetic", epochs=1, batch_size=64, output=tmp_path / "run"))
+    AcceleratorState._reset_state(True)
+    assert set(seen) == {(True, torch.bfloat16), (False, torch.float32)}
+
+
 def test_gradient_accumulation_is_refused(few_images, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
     with pytest.raises(UserError, match="--gradient_accumulation_steps 1"):
         training.train(Options("cifar_resnet20_sd", "synthetic", output=tmp_path / "run"))
 
 
-def test_evaluate_counts_errors(few_images):
-    images, _ = data.load("synthetic", None, False)
-    network = timm.create_model("cifar_resnet20").train()
-    with torch.no_grad():
-        network.fc.weight.zero_()
-        network.fc.bias.copy_(torch.arange(10))
-    standardise = data.Standardise.of(network, torch.device("cpu"))
-    assert training.evaluate(network, images, standardise) == pytest.approx(90)
-    assert not network.training
-
-
 def test_command(command, few_images, tmp_path):
     arguments = ["--dataset", "synthetic", "--model", "cifar_resnet20_sd", "--epochs", 2, "--output", tmp_path / "run"]
     torch.set_num_threads(1)
-    status, out, err = command(*arguments)
+    status, out, err = command("train", *arguments)
     assert status == 0
     assert torch.get_num_threads() == len(os.sched_getaffinity(0))
     lines = out.splitlines()
@@ -219,11 +161,12 @@ def test_command(command, few_images, tmp_path):
     assert lines[2].startswith("test error ")
     assert "%|" not in err, "a progress bar where there is no terminal"
 
-    before = {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir()}
-    status, _, err = command(*arguments)
+    before = content_of(tmp_path / "run")
+    status, _, err = command("train", *arguments)
     assert status == 1
-    assert err == f"train.py: {tmp_path / 'run'} already holds a run: choose another --output\n"
-    assert {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir()} == before
+    run = tmp_path / "run"
+    assert err == f"train.py: {run} already holds a run: --resume goes on with it, or choose another --output\n"
+    assert content_of(run) == before
 
 
 @pytest.mark.parametrize(
@@ -239,6 +182,10 @@ def test_command(command, few_images, tmp_path):
         (["--weight-decay", "-1"], "--weight-decay -1.0: it must be at least 0"),
         (["--drop-path", "1"], "--drop-path 1.0: it must be in [0, 1)"),
         (["--seed", "-1"], "--seed -1: it must be in [0, 2^32)"),
+        (["--checkpoint-steps", "0"], "--checkpoint-steps 0: it must be at least 1"),
+        (["--keep-checkpoints", "0"], "--keep-checkpoints 0: it must be at least 1"),
+        (["--log-with", "paper"], "--log-with paper: not a tracker that is installed here; installed: "),
+        (["--cuda-graphs", "--grad-checkpointing"], "leave out --grad-checkpointing"),
         (["--data-dir", "/nowhere"], "cifar10 is missing or corrupt in '/nowhere': "),
         (["--dataset", "synthetic", "--output", "/dev/null"], "/dev/null"),
         (["--dataset", "synthetic", "--output", "/dev/null/run"], "/dev/null/run"),
@@ -246,7 +193,7 @@ def test_command(command, few_images, tmp_path):
 )
 def test_wrong_input_gets_one_line(command, few_images, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
-    status, out, err = command(*arguments)
+    status, out, err = command("train", *arguments)
     assert status in (1, 2)
     assert out == ""
     assert err.count("\n") == 1
@@ -255,9 +202,96 @@ def test_wrong_input_gets_one_line(command, few_images, tmp_path, monkeypatch, a
     assert not list(tmp_path.iterdir())
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(few_images, tmp_path):
-    with pytest.raises(UserError, match="the training loss of epoch 1 is nan: try an --lr below 1e"):
-        training.train(
-            Options("cifar_resnet20_sd", "synthetic", epochs=2, batch_size=64, lr=1e30, output=tmp_path / "run")
-        )
-    assert not list((tmp_path / "run").iterdir()), "what is left keeps the next try from using the folder"
+def test_a_run_that_diverges_stops(few_images, tmp_path):
+    options = Options("cifar_resnet20_sd", "synthetic", epochs=2, batch_size=64, lr=1e30, output=tmp_path / "run")
+    with pytest.raises(UserError, match="the run diverged in epoch 1: try an --lr below 1e"):
+        training.train(options)
+    assert not list((tmp_path / "run").glob("*.safetensors"))
+    training.train(replace(options, lr=0.1, epochs=1))  # what is left does not keep the next try from the folder
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["options"]["lr"] == 0.1
+
+
+def test_a_run_that_diverges_later_keeps_its_checkpoint(few_images, tmp_path, monkeypatch):
+    """Weights that the last step of an epoch made infinite are not saved, though its loss knows nothing of them."""
+    options = Options("cifar_resnet20_sd", "synthetic", epochs=2, batch_size=64, output=tmp_path / "run")
+    step = training.Run.step
+    steps = []
+
+    def diverge(run, *args):
+        step(run, *args)
+        steps.append(run.progress.steps)
+        if len(steps) == 6:
+            with torch.no_grad():
+                run.network.fc.bias[0] = float("inf")
+
+    monkeypatch.setattr(training.Run, "step", diverge)
+    with pytest.raises(UserError, match="the run diverged in epoch 2"):
+        training.train(options)
+    monkeypatch.undo()
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["epoch-00002-step-000000"]
+
+
+def test_the_run_explains_itself(few_images, tmp_path):
+    options = Options("cifar_resnet20_sd", "synthetic", epochs=1, batch_size=64, output=tmp_path / "run")
+    training.train(options)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert {name: config["options"][name] for name in ("model", "seed", "lr", "output")} == {
+        "model": "cifar_resnet20_sd",
+        "seed": 0,
+        "lr": 0.1,
+        "output": str(tmp_path / "run"),
+    }
+    assert set(config["options"]) == {field.name for field in fields(Options)} | {"mixed_precision"}
+    (environment,) = config["environments"]
+    assert environment["threads"] == torch.get_num_threads()
+    assert (environment["processes"], environment["device"]) == (1, "cpu")
+    assert environment["torch"] == torch.__version__
+    assert environment["timm"] == timm.__version__
+
+
+def test_the_commit_of_the_checkout(tmp_path, monkeypatch):
+    """The one of the checkout that tracks the package, and none for a package that lies in a foreign one."""
+
+    def git(*args):
+        return subprocess.run(["git", "-C", tmp_path, *args], check=True, capture_output=True, text=True).stdout.strip()
+
+    git("init")
+    git("config", "user.name", "test")
+    git("config", "user.email", "test@example.com")
+    git("commit", "--allow-empty", "-m", "first")
+    module = tmp_path / "training.py"
+    module.write_text("")
+    monkeypatch.setattr(training, "__file__", str(module))
+    assert training.git_commit() is None
+    git("add", "training.py")
+    git("commit", "-m", "second")
+    assert training.git_commit() == git("rev-parse", "HEAD")
+    module.write_text("# changed")
+    assert training.git_commit() == git("rev-parse", "HEAD") + "-dirty"
+
+
+def test_trackers(few_images, tmp_path):
+    """Every figure of every epoch, as TensorBoard itself reads them."""
+    options = Options("cifar_resnet20_sd", "synthetic", epochs=2, batch_size=64, log_with="tensorboard")
+    training.train(replace(options, output=tmp_path / "run"))
+    accumulator = EventAccumulator(str(tmp_path / "run" / "timm-sd"))
+    accumulator.Reload()
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    for name in lines[0]:
+        logged = [(event.step, event.value) for event in accumulator.Scalars(name)]
+        assert logged == [(line["epoch"], pytest.approx(line[name], rel=1e-6)) for line in lines]
+
+
+def test_gradient_checkpointing_changes_the_running_statistics_alone(few_images, tmp_path):
+    """It computes each kept block again, so those move twice a step; the steps themselves are the same."""
+    states = []
+    for name, grad_checkpointing in (("a", False), ("b", True)):
+        options = Options("cifar_resnet20_sd", "synthetic", epochs=1, batch_size=64, output=tmp_path / name)
+        training.train(replace(options, grad_checkpointing=grad_checkpointing))
+        states.append(load_file(tmp_path / name / "model.safetensors"))
+    for key in states[0]:
+        if "running" not in key and "num_batches" not in key:
+            torch.testing.assert_close(states[0][key], states[1][key], rtol=1e-4, atol=1e-5)
+    assert not torch.equal(
+        states[0]["stages.0.0.branch.bn1.running_var"], states[1]["stages.0.0.branch.bn1.running_var"]
+    )

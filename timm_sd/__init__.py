@@ -10,6 +10,8 @@ from .stochastic_depth import (
     use_gates,
 )
 
+__version__ = "0.1.0"
+
 __all__ = [
     "CifarResNet",
     "StochasticDepth",

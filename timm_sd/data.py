@@ -136,16 +136,28 @@ def shift_and_flip(images: Tensor, shifts: Tensor, flips: Tensor) -> Tensor:
 
 
 def training_batches(
-    data: ImageSet, batch_size: int, standardise: Standardise, seed: int, epoch: int
+    data: ImageSet,
+    batch_size: int,
+    standardise: Standardise,
+    seed: int,
+    epoch: int,
+    first_step: int = 0,
+    process: int = 0,
+    num_processes: int = 1,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """One epoch of (images, labels): every image once, in random order and augmented, the last batch partial."""
+    """One epoch of (images, labels): every image once, in random order and augmented, the last batch partial.
+
+    Each batch is divided among the processes, whose parts differ by one image at most. An epoch that goes on from
+    `first_step` gives the batches it would have given.
+    """
     generator = _generator(seed, epoch)
     device = data.labels.device
     order = torch.randperm(len(data), generator=generator).to(device)
     shifts = torch.randint(2 * MAX_SHIFT + 1, (len(data), 2), generator=generator).to(device)
     flips = (torch.rand(len(data), generator=generator) < 0.5).to(device)
-    for start in range(0, len(data), batch_size):
-        drawn = slice(start, start + batch_size)
+    for start in range(first_step * batch_size, len(data), batch_size):
+        size = min(batch_size, len(data) - start)
+        drawn = slice(start + size * process // num_processes, start + size * (process + 1) // num_processes)
         batch = data[order[drawn]]
         images = shift_and_flip(standardise(batch.images), shifts[drawn], flips[drawn])
         yield images.contiguous(memory_format=torch.channels_last), batch.labels

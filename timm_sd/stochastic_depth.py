@@ -132,6 +132,12 @@ class StochasticDepth(nn.Module):
     def _residual(self, x: Tensor, scale: float) -> Tensor:
         return self.activation(torch.add(self.shortcut(x), self.branch(x), alpha=scale))
 
+    def _kept(self, x: Tensor) -> Tensor:
+        return self._residual(x, 1.0)
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        return _Dropped.apply(self.shortcut(x), *self.branch.parameters())
+
     def _residual_of_rows(self, x: Tensor, rows: Tensor) -> Tensor:
         shortcut = self.shortcut(x)
         kept = self.activation(shortcut.index_select(0, rows) + self.branch(x.index_select(0, rows)))
@@ -143,9 +149,9 @@ class StochasticDepth(nn.Module):
     def _gated(self, x: Tensor) -> Tensor:
         gate = self._gate(len(x))
         if not gate.any():
-            return _Dropped.apply(self.shortcut(x), *self.branch.parameters())
+            return self._dropped(x)
         if self.mode == "batch":
-            return self._residual(x, 1.0)
+            return self._kept(x)
         return self._residual_of_rows(x, gate.nonzero().squeeze(1).to(x.device, non_blocking=True))
 
     @torch.compiler.disable
@@ -167,7 +173,7 @@ def stochastic_blocks(network: nn.Module) -> list[StochasticDepth]:
 
 
 @contextmanager
-def use_gates(network: nn.Module, gates: Tensor) -> Iterator[None]:
+def use_gates(network: nn.Module | list[StochasticDepth], gates: Tensor) -> Iterator[None]:
     """Within the context, every training pass of `network` uses these gates.
 
     The context must hold the pass's backward too, since gradient checkpointing computes blocks again there:
@@ -178,14 +184,15 @@ def use_gates(network: nn.Module, gates: Tensor) -> Iterator[None]:
             loss.backward()
 
     Args:
-        network: Anything that holds `StochasticDepth` blocks, wrapped or not.
+        network: Anything that holds `StochasticDepth` blocks, wrapped or not; or the list of those blocks, which spares
+            a loop the search for them at every step.
         gates: A bool tensor with a row for each of the blocks it holds, in order: of shape (L,) in mode "batch", (L, B)
             in mode "row".
 
     Raises:
         ValueError: The gates are not a bool tensor of that shape.
     """
-    blocks = stochastic_blocks(network)
+    blocks = network if isinstance(network, list) else stochastic_blocks(network)
     mode = blocks[0].mode if blocks else "batch"
     if gates.dtype != torch.bool or len(gates) != len(blocks) or gates.ndim != 1 + (mode == "row"):
         shape = f"({len(blocks)}, B)" if mode == "row" else f"({len(blocks)},)"

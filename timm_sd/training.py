@@ -1,76 +1,38 @@
 """One training run under the authors' protocol (Huang et al., section 4), from the data to the best weights."""
 
+import copy
+import importlib.metadata
 import json
 import math
 import os
+import platform
+import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import TextIO
+from typing import TypeVar
 
 import timm
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import set_seed
-from safetensors.torch import save_model
-from torch import nn
+from accelerate.state import PartialState
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import broadcast, broadcast_object_list, set_seed
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from . import data
+from . import __version__, data
+from .cuda_graphs import graph_blocks
 from .errors import UserError
+from .evaluation import evaluate
+from .interruption import Interruption
+from .options import Options
+from .run_folder import Progress, RunFolder
 from .stochastic_depth import draw_gates, stochastic_blocks, use_gates
 
-MODELS = timm.list_models(module="cifar_resnet")
-DATASETS = ("cifar10", "cifar100", "synthetic")
-EVALUATION_BATCH_SIZE = 1000
-
-METRICS_FILE = "metrics.jsonl"
-WEIGHTS_FILE = "model.safetensors"
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a run is a function of. The defaults are the authors' protocol on CIFAR-10.
-
-    `drop_path` is 1 - p_L, None for the network's own; `output` the run's folder, None for one named after the model,
-    the data set and the seed. Raises UserError for a value that is not allowed.
-    """
-
-    model: str = "cifar_resnet110_sd"
-    dataset: str = "cifar10"
-    data_dir: Path = Path("data")
-    download: bool = False
-    epochs: int = 500
-    batch_size: int = 128
-    lr: float = 0.1
-    weight_decay: float = 1e-4
-    drop_path: float | None = None
-    seed: int = 0
-    output: Path | None = None
-
-    def __post_init__(self) -> None:
-        if self.model not in MODELS:
-            raise UserError(f"--model {self.model}: there is no such network; there are {', '.join(MODELS)}")
-        if self.dataset not in DATASETS:
-            raise UserError(f"--dataset {self.dataset}: there is no such data set; there are {', '.join(DATASETS)}")
-        for flag, value, allowed, range_ in (
-            ("--epochs", self.epochs, self.epochs >= 1, "at least 1"),
-            ("--batch-size", self.batch_size, self.batch_size >= 1, "at least 1"),
-            ("--lr", self.lr, 0 < self.lr < math.inf, "positive"),
-            ("--weight-decay", self.weight_decay, 0 <= self.weight_decay < math.inf, "at least 0"),
-            ("--drop-path", self.drop_path, self.drop_path is None or 0 <= self.drop_path < 1, "in [0, 1)"),
-            ("--seed", self.seed, 0 <= self.seed < 2**32, "in [0, 2^32)"),
-        ):
-            if not allowed:
-                raise UserError(f"{flag} {value}: it must be {range_}")
-
-    @property
-    def output_dir(self) -> Path:
-        """The run's folder."""
-        return self.output or Path("output") / f"{self.model}-{self.dataset}-seed{self.seed}"
+T = TypeVar("T")
 
 
 def learning_rate(epoch: int, epochs: int, initial: float) -> float:
@@ -83,156 +45,323 @@ def learning_rate(epoch: int, epochs: int, initial: float) -> float:
 
 
 def use_all_cores() -> None:
-    """Give torch every core this process may run on: `accelerate launch` sets OMP_NUM_THREADS=1."""
+    """Share the cores among this machine's processes of the run: `accelerate launch` sets OMP_NUM_THREADS=1."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    torch.set_num_threads(cores)
+    torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def create_network(options: Options) -> nn.Module:
     """The network of a run, initialised as a function of its seed."""
     set_seed(options.seed)
-    tag = "cifar10" if options.dataset == "synthetic" else options.dataset
-    network = timm.create_model(f"{options.model}.{tag}", drop_path_rate=options.drop_path)
+    network = timm.create_model(options.tag, drop_path_rate=options.drop_path)
     return network.to(memory_format=torch.channels_last)
 
 
-def train(options: Options) -> None:
-    """Train, leaving a line of figures an epoch and the weights of the best validation error in the run's folder.
-
-    Raises UserError if the folder already holds a run, data are missing or the loss is no longer finite.
-    """
-    use_all_cores()
-    accelerator = Accelerator()
-    if accelerator.num_processes > 1:
-        raise UserError("training runs in one process: launch it with --num_processes 1")
+def create_accelerator(options: Options) -> Accelerator:
+    """What Accelerate's launcher set up. Raises UserError for what a run cannot do with it."""
+    if options.log_with is not None and options.log_with not in get_available_trackers():
+        available = ", ".join(map(str, get_available_trackers())) or "none"
+        raise UserError(f"--log-with {options.log_with}: not a tracker that is installed here; installed: {available}")
+    accelerator = Accelerator(log_with=options.log_with, project_dir=options.output_dir)
+    processes = accelerator.num_processes
     if accelerator.gradient_accumulation_steps > 1:
         raise UserError("every batch is a step of its own: launch it with --gradient_accumulation_steps 1")
+    if accelerator.mixed_precision not in ("no", "bf16"):
+        raise UserError(f"--mixed_precision {accelerator.mixed_precision}: launch it with no or bf16")
+    if options.batch_size % processes:
+        raise UserError(
+            f"--batch-size {options.batch_size}: it is the images of all {processes} processes together,"
+            " so it must divide by their number"
+        )
+    if options.sync_bn and processes > 1 and accelerator.device.type == "cpu":
+        raise UserError("--sync-bn: PyTorch has it for GPUs only; on the CPU, train in one process instead")
+    if options.cuda_graphs and processes > 1:
+        raise UserError("--cuda-graphs: it works in one process only")
+    return accelerator
 
-    learning_set, test_set = data.load(options.dataset, options.data_dir, options.download)
-    training_set, validation_set = data.split(learning_set, options.seed)
-    training_set, validation_set, test_set = (
-        part.to(accelerator.device) for part in (training_set, validation_set, test_set)
-    )
-    network = create_network(options)
-    standardise = data.Standardise.of(network, accelerator.device)
-    optimizer = torch.optim.SGD(
-        network.parameters(), lr=options.lr, momentum=0.9, nesterov=True, weight_decay=options.weight_decay
-    )
-    model, optimizer = accelerator.prepare(network, optimizer)  # the network in its wrappers
 
-    best = None
-    with _new_run(options.output_dir) as metrics:
-        for epoch in range(1, options.epochs + 1):
-            started = time.perf_counter()
-            figures = train_epoch(accelerator, model, optimizer, training_set, standardise, options, epoch)
-            figures["validation_error"] = evaluate(model, validation_set, standardise)
-            figures["test_error"] = evaluate(model, test_set, standardise)
-            figures["seconds"] = time.perf_counter() - started
-            if best is None or figures["validation_error"] < best["validation_error"]:
-                best = figures
-                _save_weights(network, options.output_dir / WEIGHTS_FILE)
-            print(json.dumps(figures), file=metrics, flush=True)
-            accelerator.print(
-                "epoch {epoch}: lr {lr:g}, training loss {train_loss:.4f}, errors {train_error:.2f}% in training,"
-                " {validation_error:.2f}% validation, {test_error:.2f}% test, {active_blocks:.2f} active blocks,"
-                " {images_per_second:.0f} images/s, {seconds:.1f} s".format(**figures)
+class Run:
+    """A training run: its data, its network and optimiser, and how far they have come."""
+
+    def __init__(self, accelerator: Accelerator, options: Options) -> None:
+        self.accelerator = accelerator
+        self.options = options
+        self.folder = RunFolder(options.output_dir)
+        self.progress = Progress()
+
+        with accelerator.local_main_process_first():  # one process of a machine downloads
+            learning_set, test_set = data.load(options.dataset, options.data_dir, options.download)
+        parts = (*data.split(learning_set, options.seed), test_set)
+        self.training_set, self.validation_set, self.test_set = (part.to(accelerator.device) for part in parts)
+        self.steps = math.ceil(len(self.training_set) / options.batch_size)  # an epoch
+        last = len(self.training_set) % options.batch_size
+        if 0 < last < accelerator.num_processes:
+            raise UserError(
+                f"--batch-size {options.batch_size}: it leaves {last} images for the last batch of an epoch, fewer than"
+                f" the {accelerator.num_processes} processes"
             )
-    accelerator.print(
-        "test error {test_error:.2f}% at the best validation error, {validation_error:.2f}% in epoch {epoch};"
-        " the weights are in {file}".format(**best, file=options.output_dir / WEIGHTS_FILE)
-    )
+
+        network = create_network(options)
+        # What is evaluated and saved: the network without anything that training puts into or around it.
+        self.plain = copy.deepcopy(network).to(accelerator.device)
+        network.set_grad_checkpointing(options.grad_checkpointing)
+        if options.sync_bn:
+            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        self.network = network
+        optimizer = torch.optim.SGD(
+            network.parameters(),
+            lr=options.lr,
+            momentum=0.9,
+            nesterov=True,
+            weight_decay=options.weight_decay,
+            fused=accelerator.device.type in ("cpu", "cuda"),
+        )
+        self.model, self.optimizer = accelerator.prepare(network, optimizer)  # the model is the network, wrapped
+        self.blocks = stochastic_blocks(network)
+        self.survival = [block.survival for block in self.blocks]
+        self.standardise = data.Standardise.of(network, accelerator.device)
+        # Of the epoch in hand: the loss and the errors over this process's images, and its share of the first
+        # convolution's mean absolute gradient over the steps. Reading them would make the host wait for the device.
+        self.sums = torch.zeros(3, device=accelerator.device)
+
+        self.graphed = options.cuda_graphs and accelerator.device.type == "cuda"
+        if accelerator.device.type == "cuda":
+            torch.backends.cudnn.benchmark = True  # every batch but the last has the same shape
+        # A checkpoint has the plain network's keys, so that a run can go on in other wrappers.
+        accelerator.register_save_state_pre_hook(lambda _, weights, __: weights.__setitem__(0, network.state_dict()))
+        accelerator.register_load_state_pre_hook(lambda models, _: models.__setitem__(0, network))
+
+    def begin(self) -> None:
+        """Open the run's folder, and go on from its newest checkpoint if that is asked for."""
+        configuration = json.loads(json.dumps(asdict(self.options), default=str))
+        configuration["mixed_precision"] = self.accelerator.mixed_precision
+        here = environment(self.accelerator)
+        newest, differing = on_main_process(lambda: self.folder.open(configuration, here, self.options.resume))
+        if newest is not None:
+            self.progress = self.folder.load(newest, self.accelerator)
+            on_main_process(lambda: self.folder.lay_out(newest, self.progress))
+            sums = torch.tensor(self.progress.sums)
+            if len(sums) != self.accelerator.num_processes:  # written by another number: the first takes it all
+                sums = F.pad(sums.sum(0, keepdim=True), (0, 0, 0, self.accelerator.num_processes - 1))
+            self.sums.copy_(sums[self.accelerator.process_index])
+            self.accelerator.print(f"going on from {newest}")
+        elif self.options.resume:
+            self.accelerator.print(f"nothing to resume in {self.folder.path}: the run begins")
+        if differing:
+            self.accelerator.print(f"the environment is another ({differing}): the last bits may be others too")
+        self.accelerator.init_trackers("timm-sd", {name: str(value) for name, value in configuration.items()})
+        if self.graphed:
+            images, _ = next(self.batches())
+            graph_blocks(self.network, images, torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else None)
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """This process's (images, labels) for the steps that are left of the epoch in hand."""
+        return data.training_batches(
+            self.training_set,
+            self.options.batch_size,
+            self.standardise,
+            self.options.seed,
+            self.progress.epoch,
+            self.progress.steps,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+        )
+
+    def step(self, images: Tensor, labels: Tensor, gates: Tensor, batch_size: int) -> None:
+        """A step of SGD on this process's part of a batch of `batch_size` images."""
+        processes = self.accelerator.num_processes
+        with use_gates(self.blocks, gates):
+            logits = self.model(images)
+            loss = F.cross_entropy(logits, labels, reduction="sum")
+            # DDP averages gradients over the processes. This makes it the mean over the batch, however it is divided.
+            self.accelerator.backward(loss * (processes / batch_size))
+        self.optimizer.step()
+        with torch.no_grad():
+            errors = (logits.argmax(1) != labels).sum()
+            gradient = self.network.conv1.weight.grad.abs().mean() / processes
+            self.sums += torch.stack([loss, errors.to(loss.dtype), gradient])
+        self.optimizer.zero_grad(set_to_none=not self.graphed)
+
+    def train_epoch(self, interruption: Interruption) -> dict[str, float]:
+        """What is left of the epoch in hand; the figures of the whole epoch.
+
+        Those are the mean loss and the error in percent over the batches as they were trained on, the mean number of
+        active blocks a step, the mean absolute gradient of the first convolution (Figure 7), and images a second.
+
+        Raises UserError if the run diverged or a signal stopped it, the latter with a checkpoint.
+        """
+        progress, options = self.progress, self.options
+        started = time.perf_counter() - progress.seconds
+        lr = learning_rate(progress.epoch, options.epochs, options.lr)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.model.train()
+        with tqdm(
+            self.batches(),
+            f"epoch {progress.epoch}/{options.epochs}",
+            self.steps,
+            initial=progress.steps,
+            unit="step",
+            leave=False,
+            disable=None if self.accelerator.is_main_process else True,
+        ) as batches:
+            for images, labels in batches:
+                gates = draw_gates(self.survival, options.seed, (progress.epoch - 1) * self.steps + progress.steps)
+                batch_size = min(options.batch_size, len(self.training_set) - progress.steps * options.batch_size)
+                self.step(images, labels, gates, batch_size)
+                progress.steps += 1
+                progress.active_blocks += int(gates.sum())
+                progress.seconds = time.perf_counter() - started
+                if signal := interruption.noted():
+                    self.checkpoint()
+                    raise stopped(signal, progress)
+                if (
+                    options.checkpoint_steps
+                    and progress.steps % options.checkpoint_steps == 0 < self.steps - progress.steps
+                ):
+                    self.checkpoint()
+
+        loss, errors, gradient = self.accelerator.reduce(self.sums).tolist()
+        self.check_finite(loss)
+        return dict(
+            epoch=progress.epoch,
+            lr=lr,
+            train_loss=loss / len(self.training_set),
+            train_error=100 * errors / len(self.training_set),
+            active_blocks=progress.active_blocks / self.steps,
+            conv1_gradient=gradient / self.steps,
+            images_per_second=len(self.training_set) / (time.perf_counter() - started),
+        )
+
+    def evaluate(self) -> dict[str, float]:
+        """Validation and test error in percent, of the network at this moment."""
+        broadcast(list(self.network.buffers()))  # the other processes' running statistics are not the network's
+        self.plain.load_state_dict(self.network.state_dict())
+        parts = {"validation_error": self.validation_set, "test_error": self.test_set}
+        return {
+            name: evaluate(self.accelerator, self.plain, part, self.standardise).error for name, part in parts.items()
+        }
+
+    def end_epoch(self, figures: dict[str, float]) -> None:
+        """Add the figures to the log and save everything."""
+        self.progress = Progress(history=[*self.progress.history, figures])
+        self.sums.zero_()
+        self.checkpoint(self.plain if self.progress.best is figures else None)
+        self.accelerator.log(figures, step=figures["epoch"])
+        self.accelerator.print(
+            "epoch {epoch}: lr {lr:g}, training loss {train_loss:.4f}, errors {train_error:.2f}% in training,"
+            " {validation_error:.2f}% validation, {test_error:.2f}% test, {active_blocks:.2f} active blocks,"
+            " {images_per_second:.0f} images/s, {seconds:.1f} s".format(**figures)
+        )
+
+    def checkpoint(self, best: nn.Module | None = None) -> None:
+        """Save everything the run is at this moment, `best` if it has the best weights so far.
+
+        Raises UserError if the loss or a weight is no longer finite.
+        """
+        self.progress.sums = self.accelerator.gather(self.sums.unsqueeze(0)).tolist()
+        self.check_finite(sum(loss for loss, _, _ in self.progress.sums))
+        on_main_process(lambda: self.folder.save(self.accelerator, self.progress, self.options.keep_checkpoints, best))
+
+    def check_finite(self, loss: float) -> None:
+        """Raise UserError if the run has diverged."""
+        finite = torch.stack([parameter.isfinite().all() for parameter in self.network.parameters()])
+        if not math.isfinite(loss) or not finite.all():
+            raise UserError(
+                f"the run diverged in epoch {self.progress.epoch}: try an --lr below {self.options.lr:g}"
+                " (and another --output if there are checkpoints: they are from before)"
+            )
+
+    def end(self) -> None:
+        """Write the summary: the paper's figure is the test error at the best validation error."""
+        best, last = self.progress.best, self.progress.history[-1]
+        summary = dict(
+            model=self.options.model,
+            dataset=self.options.dataset,
+            seed=self.options.seed,
+            epochs=self.options.epochs,
+            best_epoch=best["epoch"],
+            validation_error=best["validation_error"],
+            test_error=best["test_error"],
+            last_test_error=last["test_error"],
+            seconds=sum(figures["seconds"] for figures in self.progress.history),
+        )
+        on_main_process(lambda: self.folder.finish(summary))
+        self.accelerator.print(
+            "test error {test_error:.2f}% at the best validation error, {validation_error:.2f}% in epoch {best_epoch};"
+            " the weights are in {weights}".format(**summary, weights=self.folder.weights)
+        )
 
 
-def train_epoch(
-    accelerator: Accelerator,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    training_set: data.ImageSet,
-    standardise: data.Standardise,
-    options: Options,
-    epoch: int,
-) -> dict[str, float]:
-    """One pass over the training images; its figures.
+def train(options: Options) -> None:
+    """Train, leaving in the run's folder what `timm_sd.run_folder` lists.
 
-    Those are the mean loss and the error in percent over the epoch's batches as they were trained on, the mean number
-    of active blocks a step, and images a second. Raises UserError if the loss is no longer finite.
+    Raises UserError if the folder holds another run, data are missing, the run diverges, the disk is full or a signal
+    stops it. No checkpoint that was written is lost by any of these.
     """
-    started = time.perf_counter()
-    lr = learning_rate(epoch, options.epochs, options.lr)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    survival = [block.survival for block in stochastic_blocks(model)]
-    num_images, steps = len(training_set), math.ceil(len(training_set) / options.batch_size)
-    loss_sum = torch.zeros((), device=accelerator.device)
-    errors = torch.zeros((), device=accelerator.device, dtype=torch.int64)
-    active_blocks = 0
-
-    model.train()
-    batches = data.training_batches(training_set, options.batch_size, standardise, options.seed, epoch)
-    batches = tqdm(batches, f"epoch {epoch}/{options.epochs}", steps, unit="step", leave=False, disable=None)
-    for step, (images, labels) in enumerate(batches, start=(epoch - 1) * steps):
-        gates = draw_gates(survival, options.seed, step)
-        with use_gates(model, gates):
-            logits = model(images)
-            loss = F.cross_entropy(logits, labels)
-            accelerator.backward(loss)
-        optimizer.step()
-        optimizer.zero_grad()
-        # Summed on the device: reading a figure at every step would make the host wait for it.
-        loss_sum += loss.detach() * len(labels)
-        errors += (logits.detach().argmax(1) != labels).sum()
-        active_blocks += int(gates.sum())
-
-    train_loss = loss_sum.item() / num_images
-    if not math.isfinite(train_loss):
-        raise UserError(f"the training loss of epoch {epoch} is {train_loss}: try an --lr below {options.lr:g}")
-    return dict(
-        epoch=epoch,
-        lr=lr,
-        train_loss=train_loss,
-        train_error=100 * errors.item() / num_images,
-        active_blocks=active_blocks / steps,
-        images_per_second=num_images / (time.perf_counter() - started),
-    )
-
-
-@torch.inference_mode()
-def evaluate(model: nn.Module, images: data.ImageSet, standardise: data.Standardise) -> float:
-    """The top-1 error in percent."""
-    model.eval()
-    errors = sum(
-        (model(batch).argmax(1) != labels).sum()
-        for batch, labels in data.evaluation_batches(images, EVALUATION_BATCH_SIZE, standardise)
-    )
-    return 100 * errors.item() / len(images)
-
-
-@contextmanager
-def _new_run(folder: Path) -> Iterator[TextIO]:
-    """The opened metrics file of a new run, gone again if the run ends before its first line.
-
-    Raises UserError rather than touch a run that is there.
-    """
-    file = folder / METRICS_FILE
+    accelerator = create_accelerator(options)
+    use_all_cores()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if (folder / WEIGHTS_FILE).exists():
-            raise FileExistsError
-        metrics = file.open("x", encoding="utf-8")
-    except FileExistsError as error:
-        raise UserError(f"{folder} already holds a run: choose another --output") from error
-    except OSError as error:
-        raise UserError(f"cannot write to {folder} ({error.strerror}): choose another --output") from error
-    try:
-        with metrics:
-            yield metrics
+        run = Run(accelerator, options)
+        run.begin()
+        with Interruption(accelerator) as interruption:
+            while run.progress.epoch <= options.epochs:
+                if signal := interruption.noted():
+                    raise stopped(signal, run.progress)
+                started = time.perf_counter() - run.progress.seconds
+                figures = run.train_epoch(interruption)
+                figures |= run.evaluate()
+                figures["seconds"] = time.perf_counter() - started
+                run.end_epoch(figures)
+        run.end()
     finally:
-        if not file.stat().st_size:
-            file.unlink()
+        accelerator.end_training()
 
 
-def _save_weights(network: nn.Module, file: Path) -> None:
-    """Write a safetensors file whole or not at all."""
-    partial = file.with_suffix(".partial")
-    save_model(network, partial, metadata={"format": "pt"})
-    os.replace(partial, file)
+def stopped(signal: str, progress: Progress) -> UserError:
+    """What a run that a signal stopped has to say."""
+    return UserError(
+        f"stopped by {signal} in epoch {progress.epoch} after {progress.steps} steps:"
+        " the same command with --resume goes on from there"
+    )
+
+
+def on_main_process(action: Callable[[], T]) -> T:
+    """The result of what the main process does for all of them; its UserError is everyone's."""
+    outcome = [None, None]
+    if PartialState().is_main_process:
+        try:
+            outcome[0] = action()
+        except UserError as error:
+            outcome[1] = str(error)
+    result, message = broadcast_object_list(outcome)
+    if message is not None:
+        raise UserError(message)
+    return result
+
+
+def environment(accelerator: Accelerator) -> dict[str, str | int | None]:
+    """Where a run takes place: what its last bits may depend on, beside its options."""
+    cuda = accelerator.device.type == "cuda"
+    return dict(
+        processes=accelerator.num_processes,
+        threads=torch.get_num_threads(),
+        device=torch.cuda.get_device_name(accelerator.device) if cuda else accelerator.device.type,
+        dynamo_backend=accelerator.state.dynamo_plugin.backend.value,
+        git_commit=git_commit(),
+        timm_sd=__version__,
+        python=platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in ("torch", "torchvision", "timm", "accelerate")},
+    )
+
+
+def git_commit() -> str | None:
+    """The commit of the checkout this package runs from, marked if files were changed since; None outside of one."""
+    folder = Path(__file__).parent
+    describe = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    try:
+        # Installed beneath another project's checkout, the package is not part of it.
+        subprocess.run(["git", "ls-files", "--error-unmatch", __file__], cwd=folder, capture_output=True, check=True)
+        return subprocess.run(describe, cwd=folder, capture_output=True, check=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,50 @@
+"""What several test files use."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+from timm_sd import data
+
+SCRIPTS = Path(__file__).parents[1] / "train_scripts"
+
+
+def take_few_images(monkeypatch):
+    """Have training, and all that calls it, use 200 + 50 of the synthetic images."""
+    load = data.load
+
+    def load_few(*args):
+        learning, test = load(*args)
+        return learning[:200], test[:50]
+
+    monkeypatch.setattr(data, "load", load_few)
+
+
+@pytest.fixture
+def few_images(monkeypatch):
+    take_few_images(monkeypatch)
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Run a script in this process; its exit status, its standard output and its error output."""
+
+    def run(name, *args):
+        spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+        script = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(script)
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, args)])
+        try:
+            script.main()
+            status = 0
+        except SystemExit as error:
+            status = error.code
+            if isinstance(status, str):  # as Python's own handling of it does
+                print(status, file=sys.stderr)
+                status = 1
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run

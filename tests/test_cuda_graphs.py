@@ -1,0 +1,119 @@
+"""Replayed blocks against eager ones; where there is no CUDA, with functions called again in place of graphs."""
+
+import json
+from contextlib import nullcontext
+from dataclasses import replace
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+
+from timm_sd import cuda_graphs, draw_gates, training, use_gates
+from timm_sd.options import Options
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request, monkeypatch):
+    """On the CPU a captured function is called at once, which a capture does not, and whenever it is replayed."""
+    if request.param == "cpu":
+
+        def capture(function, pool):
+            function()
+            return torch.enable_grad()(function)
+
+        monkeypatch.setattr(cuda_graphs, "_capture", capture)
+        monkeypatch.setattr(cuda_graphs, "_memory_pool", lambda: None)
+        monkeypatch.setattr(cuda_graphs, "_side_stream", nullcontext)
+    return torch.device(request.param)
+
+
+def make_twins(name, device):
+    torch.manual_seed(0)
+    eager = timm.create_model(name).to(device, memory_format=torch.channels_last).train()
+    graphed = timm.create_model(name).to(device, memory_format=torch.channels_last)
+    graphed.load_state_dict(eager.state_dict())
+    images = torch.randn(6, 3, 32, 32, device=device).contiguous(memory_format=torch.channels_last)
+    cuda_graphs.graph_blocks(graphed, images)
+    return eager, graphed
+
+
+def batches(device):
+    """Two whole batches, a partial one and a whole one again."""
+    generator = torch.Generator().manual_seed(1)
+    for size in (6, 6, 4, 6):
+        images = torch.randn(size, 3, 32, 32, generator=generator)
+        labels = torch.randint(10, (size,), generator=generator)
+        yield images.to(device).contiguous(memory_format=torch.channels_last), labels.to(device)
+
+
+@pytest.mark.parametrize("name", ["cifar_resnet20_sd", "cifar_resnet20"])
+def test_graphed_training_is_eager_training(device, name):
+    """Weights, statistics and losses of steps with all sorts of gates, by an optimiser that needs every gradient."""
+    eager, graphed = make_twins(name, device)
+    for key, value in eager.state_dict().items():
+        assert torch.equal(value, graphed.state_dict()[key]), f"{key} was changed by the capture"
+    optimizers = [torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9, nesterov=True) for net in (eager, graphed)]
+    patterns = [
+        torch.ones(9, dtype=torch.bool),
+        torch.arange(9) % 3 != 0,
+        torch.arange(9) % 2 == 0,
+        torch.arange(9) > 5,
+    ]
+    for (images, labels), gates in zip(batches(device), patterns, strict=True):
+        losses = []
+        for network, optimizer in zip((eager, graphed), optimizers, strict=True):
+            with use_gates(network, gates):
+                loss = F.cross_entropy(network(images), labels)
+                loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=network is eager)
+            losses.append(loss.item())
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    torch.testing.assert_close(eager.state_dict(), graphed.state_dict(), rtol=1e-3, atol=1e-5)
+
+
+def test_kept_blocks_are_replayed_and_dropped_ones_are_not(device, monkeypatch):
+    _, graphed = make_twins("cifar_resnet20_sd", device)
+    replayed = []
+    for index, block in enumerate(block for stage in graphed.stages for block in stage):
+        graphs = block._kept.__self__
+        for name in ("replay_forward", "replay_backward"):
+            replay = getattr(graphs, name)
+            monkeypatch.setattr(
+                graphs, name, lambda replay=replay, event=(name, index): replayed.append(event) or replay()
+            )
+    gates = draw_gates([0.5] * 9, seed=3, step=0)
+    images, labels = next(batches(device))
+    with use_gates(graphed, gates):
+        F.cross_entropy(graphed(images), labels).backward()
+    kept = gates.nonzero().flatten().tolist()
+    assert 0 < len(kept) < 9
+    assert replayed == [("replay_forward", b) for b in kept] + [("replay_backward", b) for b in reversed(kept)]
+
+
+def test_evaluation_does_not_use_the_graphs(device):
+    eager, graphed = make_twins("cifar_resnet20_sd", device)
+    images, _ = next(batches(device))
+    with torch.inference_mode():
+        torch.testing.assert_close(graphed.eval()(images), eager.eval()(images))
+
+
+@pytest.mark.parametrize("forced", [False, True])
+def test_a_run_with_graphs_is_one_without(few_images, tmp_path, device, monkeypatch, forced):
+    """With its last batch of another shape; without CUDA the flag has no effect unless the test forces it."""
+    options = Options("cifar_resnet20_sd", "synthetic", epochs=1, batch_size=64, output=tmp_path / "eager")
+    training.train(options)
+    init = training.Run.__init__
+
+    def graphed(run, *args):
+        init(run, *args)
+        run.graphed = run.graphed or forced
+
+    monkeypatch.setattr(training.Run, "__init__", graphed)
+    training.train(replace(options, cuda_graphs=True, output=tmp_path / "graphs"))
+    eager, graphs = (json.loads((tmp_path / name / "metrics.jsonl").read_text()) for name in ("eager", "graphs"))
+    for figure in ("train_loss", "train_error", "active_blocks", "conv1_gradient", "validation_error", "test_error"):
+        assert graphs[figure] == pytest.approx(eager[figure], rel=1e-3), figure

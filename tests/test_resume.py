@@ -1,0 +1,294 @@
+"""A run that is interrupted and resumed ends as one that never was."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import take_few_images
+from safetensors.torch import load_file
+
+from timm_sd import run_folder, training
+from timm_sd.errors import UserError
+from timm_sd.options import Options
+
+TIMES = ("seconds", "images_per_second")
+pytestmark = pytest.mark.usefixtures("few_images")
+
+
+def options_for(folder, **kwargs):
+    """Two epochs of three steps."""
+    return replace(Options("cifar_resnet20_sd", "synthetic", epochs=2, batch_size=64, output=folder), **kwargs)
+
+
+def end_of(folder):
+    """What a run that came to its end leaves, times aside."""
+    figures = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    summary = json.loads((folder / "summary.json").read_text())
+    for record in (*figures, summary):
+        for name in TIMES:
+            record.pop(name, None)
+    last = max((folder / "checkpoints").iterdir())
+    momentum = torch.load(last / "optimizer.bin", weights_only=True)["state"]
+    return (
+        figures,
+        summary,
+        {name: value.numpy().tobytes() for name, value in load_file(folder / "model.safetensors").items()},
+        {name: value.numpy().tobytes() for name, value in load_file(last / "model.safetensors").items()},
+        {index: state["momentum_buffer"].numpy().tobytes() for index, state in momentum.items()},
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The end of a run that was never interrupted."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        take_few_images(monkeypatch)
+        folder = tmp_path_factory.mktemp("whole")
+        training.train(options_for(folder))
+    return end_of(folder)
+
+
+def interrupt_after(monkeypatch, step, number):
+    """Send this process a signal in training step `step` of the next run, counted from 1."""
+    train_step = training.Run.step
+    steps = []
+
+    def interrupted(run, *args):
+        steps.append(1)
+        if len(steps) == step:
+            os.kill(os.getpid(), number)
+        train_step(run, *args)
+
+    monkeypatch.setattr(training.Run, "step", interrupted)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_with_a_checkpoint(whole, tmp_path, monkeypatch, number):
+    """In the second step of an epoch, in the last one of it, and in the first after a resume."""
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    resume = False
+    for step, epoch, steps in ((2, 1, 2), (1, 1, 3), (1, 2, 1)):
+        with monkeypatch.context() as patch:
+            interrupt_after(patch, step, number)
+            message = f"stopped by {number.name} in epoch {epoch} after {steps} steps: .* --resume goes on from there"
+            with pytest.raises(UserError, match=message):
+                training.train(options_for(tmp_path, resume=resume))
+        assert max((tmp_path / "checkpoints").iterdir()).name == f"epoch-{epoch:05d}-step-{steps:06d}"
+        resume = True
+    training.train(options_for(tmp_path, resume=True))
+    assert end_of(tmp_path) == whole
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+
+
+def test_a_signal_during_evaluation_waits_for_the_epochs_end(whole, tmp_path, monkeypatch):
+    evaluate = training.evaluate
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "evaluate", lambda *args: os.kill(os.getpid(), signal.SIGTERM) or evaluate(*args))
+        with pytest.raises(UserError, match="stopped by SIGTERM in epoch 2 after 0 steps"):
+            training.train(options_for(tmp_path))
+    training.train(options_for(tmp_path, resume=True))
+    assert end_of(tmp_path) == whole
+
+
+def test_killed_at_any_moment_of_writing(whole, tmp_path, monkeypatch):
+    """Whatever stands on the disk just before something is written, moved or deleted, it resumes to the same end.
+
+    The moments are those of the second epoch: a checkpoint within it and the one at its end, of a run that already has
+    best weights to carry over.
+    """
+    run = tmp_path / "run"
+    first_epoch = run / "checkpoints" / "epoch-00002-step-000000"
+    moments = []
+    with monkeypatch.context() as patch:
+
+        def note_before(module, name):
+            function = getattr(module, name)
+
+            def noted(*args, **kwargs):
+                if first_epoch.exists() and None not in moments:
+                    moments.append(None)  # what copies the folder is not to be noted
+                    moments[-1] = shutil.copytree(run, tmp_path / f"{len(moments)}-{name}")
+                return function(*args, **kwargs)
+
+            patch.setattr(module, name, noted)
+
+        for name in ("fsync", "rename", "replace"):
+            note_before(os, name)
+        for name in ("rmtree", "copyfile"):
+            note_before(shutil, name)
+        note_before(torch, "save")
+        note_before(run_folder, "save_model")
+        note_before(Path, "write_bytes")
+        training.train(options_for(run, checkpoint_steps=2))
+    assert end_of(run) == whole
+
+    states = {}
+    for folder in moments:
+        files = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        states[tuple(sorted(files.items()))] = folder
+    assert len(states) > 20
+    for folder in states.values():
+        training.train(options_for(folder, checkpoint_steps=2, resume=True))
+        assert end_of(folder) == whole, folder.name
+        assert not list(folder.rglob("*partial*")), folder.name
+        shutil.rmtree(folder)
+
+
+def test_killed_in_a_process_of_its_own(whole, tmp_path):
+    """SIGKILL in the fourth step and again while the checkpoint of the next epoch's end is moved to its place."""
+    program = """
+import os, signal, sys
+from pathlib import Path
+from timm_sd import data, training
+from timm_sd.options import Options
+
+name, at = sys.argv[2:]
+load, calls = data.load, []
+data.load = lambda *args: tuple(part[:size] for part, size in zip(load(*args), (200, 50)))
+target = {"step": training.Run, "rename": os, "none": os}[name]
+
+def killed(*args):
+    calls.append(1)
+    if len(calls) == int(at):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return function(*args)
+
+if name != "none":
+    function = getattr(target, name)
+    setattr(target, name, killed)
+output = Path(sys.argv[1])
+training.train(Options("cifar_resnet20_sd", "synthetic", epochs=2, batch_size=64, output=output, resume=True))
+"""
+    for arguments, status in ((("step", "4"), -signal.SIGKILL), (("rename", "1"), -signal.SIGKILL), (("none", "0"), 0)):
+        done = subprocess.run([sys.executable, "-c", program, tmp_path / "run", *arguments], capture_output=True)
+        assert done.returncode == status, done.stderr
+    assert end_of(tmp_path / "run") == whole
+
+
+def test_the_newest_checkpoints_are_kept(tmp_path):
+    for keep, kept in ((1, ["3-step-000000"]), (3, ["2-step-000000", "2-step-000002", "3-step-000000"])):
+        training.train(options_for(tmp_path / str(keep), checkpoint_steps=2, keep_checkpoints=keep))
+        names = sorted(path.name for path in (tmp_path / str(keep) / "checkpoints").iterdir())
+        assert names == [f"epoch-0000{name}" for name in kept]
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(tmp_path):
+    training.train(options_for(tmp_path, epochs=1))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="holds a run of another configuration") as error:
+        training.train(options_for(tmp_path, resume=True, epochs=2, lr=0.2))
+    assert "epochs is 1 there and 2 here, lr is 0.1 there and 0.2 here" in str(error.value)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    # What leaves the weights alone may change.
+    training.train(options_for(tmp_path, epochs=1, resume=True, keep_checkpoints=5, checkpoint_steps=1))
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path, capsys):
+    training.train(options_for(tmp_path, epochs=1))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    training.train(options_for(tmp_path, epochs=1, resume=True))
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"going on from {tmp_path / 'checkpoints' / 'epoch-00002-step-000000'}"
+    assert lines[1].startswith("test error ")
+
+
+def test_resuming_nothing_begins(whole, tmp_path, capsys):
+    training.train(options_for(tmp_path, resume=True))
+    assert capsys.readouterr().out.startswith(f"nothing to resume in {tmp_path}: the run begins\n")
+    assert end_of(tmp_path) == whole
+
+
+def test_a_run_without_checkpoints_is_left_alone(tmp_path):
+    """Weights and figures whose checkpoints somebody deleted."""
+    training.train(options_for(tmp_path, epochs=1))
+    shutil.rmtree(tmp_path / "checkpoints")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for resume in (False, True):
+        with pytest.raises(UserError, match="already holds a run: choose another --output"):
+            training.train(options_for(tmp_path, epochs=1, resume=resume))
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_another_environment_is_said_and_recorded(tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 2, signal.SIGTERM)
+        with pytest.raises(UserError):
+            training.train(options_for(tmp_path))
+    monkeypatch.setattr(training, "use_all_cores", lambda: torch.set_num_threads(3))
+    capsys.readouterr()
+    threads = torch.get_num_threads()
+    training.train(options_for(tmp_path, resume=True))
+    torch.set_num_threads(threads)
+    assert f"(threads is {threads} there and 3 here): the last bits may be others too" in capsys.readouterr().out
+    first, second = json.loads((tmp_path / "config.json").read_text())["environments"]
+    assert (first["threads"], second["threads"]) == (threads, 3)
+    assert second["since"] == "epoch-00001-step-000002"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.bin", "progress.json"])
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
+def test_a_damaged_checkpoint_is_named(whole, tmp_path, name, damage):
+    training.train(options_for(tmp_path))
+    newest = max((tmp_path / "checkpoints").iterdir())
+    file = newest / name
+    if damage == "truncated":
+        file.write_bytes(file.read_bytes()[:-100])
+    else:
+        file.unlink()
+    with pytest.raises(UserError, match=f"{newest} is damaged: delete it to go on from the one before it"):
+        training.train(options_for(tmp_path, resume=True))
+    shutil.rmtree(newest)
+    training.train(options_for(tmp_path, resume=True))
+    assert end_of(tmp_path) == whole
+
+
+class Attack:
+    def __reduce__(self):
+        return os.mkdir, ("attacked",)
+
+
+def test_nothing_pickled_is_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    training.train(options_for(tmp_path / "run", epochs=1))
+    newest = max((tmp_path / "run" / "checkpoints").iterdir())
+    for name in ("optimizer.bin", "random_states_0.pkl"):
+        torch.save(Attack(), newest / name)
+    with pytest.raises(UserError, match="is damaged"):
+        training.train(options_for(tmp_path / "run", epochs=1, resume=True))
+    assert not (tmp_path / "attacked").exists()
+
+
+@pytest.mark.parametrize("size", [1000, 1_095_500, 1_096_000])
+def test_a_full_disk_keeps_the_last_checkpoint(whole, tmp_path, monkeypatch, size):
+    """A limit on the size of files stands for the full disk: in the weights, the momentum and the random states."""
+    checkpoint = training.Run.checkpoint
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    def full(run, *args):
+        if run.progress.history and run.progress.steps:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        checkpoint(run, *args)
+
+    monkeypatch.setattr(training.Run, "checkpoint", full)
+    try:
+        with pytest.raises(UserError, match=f"cannot write to {tmp_path} .*: make room or choose") as error:
+            training.train(options_for(tmp_path, checkpoint_steps=2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(error.value)
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["epoch-00001-step-000002", "epoch-00002-step-000000"]
+    monkeypatch.setattr(training.Run, "checkpoint", checkpoint)
+    training.train(options_for(tmp_path, resume=True))
+    assert end_of(tmp_path) == whole

@@ -1,0 +1,143 @@
+"""Residual blocks as CUDA graphs, for GPUs that wait for the host to launch these networks' many small kernels.
+
+Each block's forward and backward are captured once and then replayed with a launch each. Whether a block is replayed
+stays a choice of the host, so a dropped block still costs nothing. The blocks read and write fixed buffers in a chain:
+one block's output is the next one's input, and only what skips a block is copied.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from .stochastic_depth import StochasticDepth, stochastic_blocks, use_gates
+
+WARM_UP_PASSES = 3
+
+
+class _Replay(torch.autograd.Function):
+    """A block's graphs as one node of autograd. It leaves parameters out: the graph itself adds to their `.grad`."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, graphs: "_BlockGraphs") -> Tensor:
+        ctx.graphs = graphs
+        _copy(x, graphs.input)
+        graphs.replay_forward()
+        return graphs.output.detach()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        graphs = ctx.graphs
+        _copy(gradient, graphs.output_gradient)
+        graphs.replay_backward()
+        return graphs.input_gradient.detach(), None
+
+
+class _BlockGraphs:
+    """The two graphs of one kept block, and the buffers they read and write."""
+
+    def __init__(self, block: StochasticDepth) -> None:
+        self.block = block
+        self.parameters = list(block.parameters())
+
+    def capture_forward(self, x: Tensor, autocast: AbstractContextManager, pool: tuple[int, int]) -> Tensor:
+        self.input = x.detach().requires_grad_()
+
+        def forward() -> None:
+            with autocast:
+                self.output = self.block._residual(self.input, 1.0)
+
+        self.replay_forward = _capture(forward, pool)
+        return self.output
+
+    def capture_backward(self, gradient: Tensor, pool: tuple[int, int]) -> Tensor:
+        self.output_gradient = gradient
+
+        def backward() -> None:
+            inputs = (self.input, *self.parameters)
+            self.input_gradient, *gradients = torch.autograd.grad(self.output, inputs, self.output_gradient)
+            torch._foreach_add_([parameter.grad for parameter in self.parameters], gradients)
+
+        self.replay_backward = _capture(backward, pool)
+        return self.input_gradient
+
+    def kept(self, x: Tensor) -> Tensor:
+        """The open gate's eq. 2; batches of another shape, the last of an epoch, are computed without the graph."""
+        if x.shape != self.input.shape:
+            return self.block._residual(x, 1.0)
+        return _Replay.apply(x, self)
+
+
+def graph_blocks(network: nn.Module, images: Tensor, dtype: torch.dtype | None = None) -> None:
+    """Make `network` replay its blocks in training, for batches of the shape of `images` and gates for the mini-batch.
+
+    From then on every parameter has a gradient, zero until a backward pass adds to it: call
+    `optimizer.zero_grad(set_to_none=False)`. A dropped block leaves its own at zero. The network may be trained in one
+    process only, and its parameters must stay where they are.
+
+    Args:
+        network: On a CUDA device, as it will be trained.
+        images: (B, C, H, W), on the same device and in the memory format of the training batches.
+        dtype: What autocast computes in, None without autocast.
+    """
+    network.train()
+    blocks = stochastic_blocks(network)
+    buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
+    x = _warm_up(network, blocks, images)
+    for parameter in network.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+
+    # A cast that autocast remembers from outside a graph would not be made again when the graph is replayed.
+    autocast = torch.autocast(images.device.type, dtype, enabled=dtype is not None, cache_enabled=False)
+    pool = _memory_pool()
+    graphs = [_BlockGraphs(block) for block in blocks]
+    # All graphs share their memory, so they are captured in the order in which they are replayed.
+    for block_graphs in graphs:
+        x = block_graphs.capture_forward(x, autocast, pool)
+    gradient = torch.zeros_like(x)
+    for block_graphs in reversed(graphs):
+        gradient = block_graphs.capture_backward(gradient, pool)
+
+    for buffer, before in buffers:  # the warm-up has moved the running statistics
+        buffer.copy_(before)
+    for block_graphs in graphs:
+        block_graphs.block._kept = block_graphs.kept
+        block_graphs.block._dropped = block_graphs.block.shortcut
+
+
+def _warm_up(network: nn.Module, blocks: list[StochasticDepth], images: Tensor) -> Tensor:
+    """Let the libraries choose and load their kernels; the input of the first block, for its type and layout."""
+    inputs = []
+    hook = blocks[0].register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach().clone()))
+    with hook, _side_stream(), use_gates(blocks, torch.ones(len(blocks), dtype=torch.bool)):
+        for _ in range(WARM_UP_PASSES):
+            network(images).sum().backward()
+    return inputs[-1]
+
+
+def _copy(source: Tensor, buffer: Tensor) -> None:
+    if source.data_ptr() != buffer.data_ptr():
+        buffer.detach().copy_(source)
+
+
+def _memory_pool() -> tuple[int, int]:
+    return torch.cuda.graph_pool_handle()
+
+
+@contextmanager
+def _side_stream() -> Iterator[None]:
+    """A stream of its own, as CUDA asks of the passes before a capture."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream().wait_stream(stream)
+
+
+def _capture(function: Callable[[], None], pool: tuple[int, int]) -> Callable[[], None]:
+    """What `function` launches, as a function that launches it again at once."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        function()
+    return graph.replay
