@@ -1,6 +1,5 @@
 """Evaluation and the script around it, against counting by hand."""
 
-
 import pytest
 import timm
 import torch

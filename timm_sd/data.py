@@ -18,6 +18,18 @@ from .errors import UserError
 
 MAX_SHIFT = 4
 VALIDATION_SHARE = 0.1
+SHAPES = (
+    "disc",
+    "ring",
+    "square",
+    "frame",
+    "triangle up",
+    "triangle down",
+    "cross",
+    "diagonal cross",
+    "horizontal stripes",
+    "vertical stripes",
+)
 
 
 @dataclass(frozen=True)
@@ -66,8 +78,7 @@ def load(dataset: str, data_dir: Path, download: bool = False) -> tuple[ImageSet
 def draw_shapes(num_images: int, seed: int) -> ImageSet:
     """A learnable stand-in for CIFAR-10: 32x32 images of ten shapes, each of random place, size, colours and noise.
 
-    The classes are disc, ring, square, frame, triangle pointing up, triangle pointing down, cross, diagonal cross,
-    horizontal stripes and vertical stripes. All are their own mirror images, so flips keep the class.
+    The classes are `SHAPES`. All are their own mirror images, so flips keep the class.
     """
     random = np.random.default_rng(seed)
     labels = np.arange(num_images) % 10

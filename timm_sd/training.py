@@ -151,8 +151,12 @@ class Run:
             self.accelerator.print(f"the environment is another ({differing}): the last bits may be others too")
         self.accelerator.init_trackers("timm-sd", {name: str(value) for name, value in configuration.items()})
         if self.graphed:
-            images, _ = next(self.batches())
-            graph_blocks(self.network, images, torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else None)
+            self.graph_blocks()
+
+    def graph_blocks(self) -> None:
+        """Capture the network's blocks as CUDA graphs, for whole batches."""
+        images, _ = next(self.batches())
+        graph_blocks(self.network, images, torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else None)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """This process's (images, labels) for the steps that are left of the epoch in hand."""

@@ -1,8 +1,7 @@
-"""Time and memory of a training step, stochastic against constant depth: `python train_scripts/benchmark.py`.
+"""Time and memory, each claim as a ratio measured in one run: `python train_scripts/benchmark.py --data-dir data`.
 
-The two networks take turns step by step, so that whatever else the machine does falls on both. Stochastic depth's time
-is the mean over the gates of a run's first steps. Peak memory is that of the same steps, made again by each
-network in a process of its own.
+What is compared takes turns, so that whatever else the machine does falls on all of it. Times are means over the steps,
+since the gates of each are part of it. Peak memory is that of the same steps, made again in a process of their own.
 """
 
 import argparse
@@ -11,72 +10,303 @@ import resource
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import psutil
 import timm
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
+from timm.layers import DropPath
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torchvision.datasets import CIFAR10
+from torchvision.ops import StochasticDepth as TorchvisionStochasticDepth
+from torchvision.transforms import v2
 from tqdm import trange
 
-from timm_sd import draw_gates, use_gates
-from timm_sd.training import use_all_cores
+from timm_sd import data, draw_gates, stochastic_blocks, use_gates
+from timm_sd.command_line import Parser, one_line_errors
+from timm_sd.options import Options
+from timm_sd.training import Run, use_all_cores
+
+PARTS = ("data", "step", "depth")
+DEPTHS = (20, 56, 110, 1202)
+Step = Callable[[int], None]
 
 
-def make_step(name: str, batch_size: int) -> Callable[[int], None]:
-    """A function that makes training step t of a network on random images."""
-    torch.manual_seed(0)
-    network = timm.create_model(name).to(memory_format=torch.channels_last).train()
-    survival = network.survival_probabilities
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
-    images = torch.randn(batch_size, 3, 32, 32).contiguous(memory_format=torch.channels_last)
-    labels = torch.randint(10, (batch_size,))
+class PeerBlock(nn.Module):
+    """A residual block as others write stochastic depth: the branch is always computed, and then perhaps zeroed."""
+
+    def __init__(self, branch: nn.Module, shortcut: nn.Module, drop: nn.Module) -> None:
+        super().__init__()
+        self.branch = branch
+        self.shortcut = shortcut
+        self.drop = drop
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.shortcut(x) + self.drop(self.branch(x)), inplace=True)
+
+
+def put_in(network: nn.Module, make_drop: Callable[[float], nn.Module]) -> None:
+    """Have a network's blocks drop as a peer does."""
+    names = {block: name for name, block in network.named_modules()}
+    for block in stochastic_blocks(network):
+        network.set_submodule(names[block], PeerBlock(block.branch, block.shortcut, make_drop(1 - block.survival)))
+
+
+PEERS = {
+    "timm DropPath": lambda drop: DropPath(drop, scale_by_keep=True),
+    "torchvision, mode batch": lambda drop: TorchvisionStochasticDepth(drop, "batch"),
+}
+
+
+def make_run(model: str, batch_size: int, **options) -> Run:
+    return Run(Accelerator(), Options(model, "synthetic", batch_size=batch_size, **options))
+
+
+def run_step(run: Run) -> Step:
+    """The trainer's own step, on one batch of its own over and over."""
+    images, labels = next(run.batches())
+    run.model.train()
 
     def step(t: int) -> None:
-        with use_gates(network, draw_gates(survival, seed=0, step=t)):
-            F.cross_entropy(network(images), labels).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        run.step(images, labels, draw_gates(run.survival, seed=0, step=t), len(labels))
 
     return step
 
 
-def peak_memory(name: str, batch_size: int, steps: int) -> float:
-    """MiB by which the process's resident memory grows at its peak over `steps` training steps."""
+def plain_step(model: str, batch_size: int) -> Step:
+    """A step of the same network and gates as one writes it first: default layout, default optimiser, loss read."""
+    accelerator = Accelerator()
+    network = timm.create_model(model).to(accelerator.device).train()
+    survival = network.survival_probabilities
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
+    images = torch.randn(batch_size, 3, 32, 32, device=accelerator.device)
+    labels = torch.randint(10, (batch_size,), device=accelerator.device)
+
+    def step(t: int) -> None:
+        with use_gates(network, draw_gates(survival, seed=0, step=t)):
+            with accelerator.autocast():
+                loss = F.cross_entropy(network(images), labels)
+            optimizer.zero_grad()
+            loss.backward()
+        optimizer.step()
+        loss.item()
+
+    return step
+
+
+def make_step(kind: str, model: str, batch_size: int) -> Step:
+    """A function that makes training step t of the plain network `model`, or of what `kind` makes of it."""
+    torch.manual_seed(0)
+    name = model if kind.startswith("constant depth") else f"{model}_sd"
+    if kind.endswith("plain loop"):
+        return plain_step(name, batch_size)
+    run = make_run(name, batch_size, grad_checkpointing="checkpointing" in kind, cuda_graphs="graphs" in kind)
+    if kind in PEERS:
+        put_in(run.network, PEERS[kind])
+        run.blocks, run.survival = [], []
+    if run.graphed:
+        run.graph_blocks()
+    return run_step(run)
+
+
+def now() -> float:
+    """Seconds, once the device has done what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def time_steps(steps: dict[str, Step], count: int) -> dict[str, list[float]]:
+    """Seconds of each of `count` steps, the kinds taking turns, after two to warm up."""
+    seconds = {kind: [] for kind in steps}
+    for t in trange(-2, count, unit="step", leave=False, disable=None):
+        for kind, step in steps.items():
+            started = now()
+            step(max(t, 0))
+            if t >= 0:
+                seconds[kind].append(now() - started)
+    return seconds
+
+
+def peak_memory(kind: str, model: str, batch_size: int, steps: int) -> float:
+    """MiB by which the device's memory in use, or this process's resident memory, grows at its peak over the steps."""
     use_all_cores()
-    step = make_step(name, batch_size)
+    step = make_step(kind, model, batch_size)
+    if torch.cuda.is_available():
+        before = torch.cuda.memory_allocated()
+        for t in range(steps):
+            step(t)
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
     before = psutil.Process().memory_info().rss
     for t in range(steps):
         step(t)
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 2**20
 
 
+def in_own_process(function: Callable, *args):
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, args)
+
+
+def clock_stages(network: nn.Module) -> list[float]:
+    """A list to which every training step of the network adds the seconds of each stage, forward and backward."""
+    seconds = [0.0] * len(network.stages)
+
+    def clock(stage: int, sign: int) -> None:
+        seconds[stage] += sign * now()
+
+    for index, stage in enumerate(network.stages):
+
+        def enter(_, args, index=index) -> None:
+            args[0].register_hook(lambda _: clock(index, 1))
+            clock(index, -1)
+
+        def leave(_, args, output, index=index) -> None:
+            clock(index, 1)
+            output.register_hook(lambda _: clock(index, -1))
+
+        stage.register_forward_pre_hook(enter)
+        stage.register_forward_hook(leave)
+    return seconds
+
+
+def compare_steps(model: str, batch_size: int, count: int) -> float:
+    """Print a table of all kinds of training step; seconds of one with stochastic depth."""
+    kinds = ["constant depth", "stochastic depth", "constant depth, plain loop", "stochastic depth, plain loop", *PEERS]
+    if torch.cuda.is_available():
+        kinds += ["constant depth, CUDA graphs", "stochastic depth, CUDA graphs"]
+    memory = {kind: in_own_process(peak_memory, kind, model, batch_size, count) for kind in kinds}
+
+    # Apart from the step that is timed, so that the clock's hooks are not in it.
+    clocked = make_run(model, batch_size)
+    stage_seconds = clock_stages(clocked.network)
+    steps = {kind: make_step(kind, model, batch_size) for kind in kinds}
+    stochastic = timm.create_model(f"{model}_sd").survival_probabilities
+    clocked_step = run_step(clocked)
+    clocked_step(0)
+    stage_seconds[:] = [0.0] * len(stage_seconds)
+    seconds = time_steps(steps | {"clocked": clocked_step}, count)
+    mean = {kind: statistics.mean(times) for kind, times in seconds.items()}
+
+    # What the blocks that these steps dropped take in a step that drops none.
+    dropped = 1 - torch.stack([draw_gates(stochastic, 0, t) for t in range(count)]).double().mean(0)
+    shares = dropped.view(len(stage_seconds), -1).mean(1).tolist()
+    spared = sum(share * total / (count + 2) for share, total in zip(shares, stage_seconds, strict=True))
+    perfect = mean["constant depth"] - spared
+
+    print(f"\nA training step of {model}, batch {batch_size}, {count} steps")
+    print(f"{'':32} {'s a step':>9} {'images/s':>9} {'ratio':>6} {'MiB':>7} {'ratio':>6}")
+    for kind in kinds:
+        print(
+            f"{kind:32} {mean[kind]:9.4f} {batch_size / mean[kind]:9.0f} {mean[kind] / mean['constant depth']:6.3f}"
+            f" {memory[kind]:7.0f} {memory[kind] / memory['constant depth']:6.3f}"
+        )
+    ms = ", ".join(f"{1e3 * total / (count + 2) / (len(stochastic) // 3):.2f}" for total in stage_seconds)
+    ratio = perfect / mean["constant depth"]
+    print(f"{'perfect skipping, computed':32} {perfect:9.4f} {batch_size / perfect:9.0f} {ratio:6.3f}")
+    print(f"a block of each group takes {ms} ms; dropped were {', '.join(f'{share:.3f}' for share in shares)} of them")
+    print(f"stochastic depth takes {mean['stochastic depth'] / perfect:.3f} of perfect skipping's time")
+    for kind in kinds[:2]:
+        print(f"{kind} makes {mean[f'{kind}, plain loop'] / mean[kind]:.3f} times the images/s of the plain loop")
+    return mean["stochastic depth"]
+
+
+def compare_data(data_dir: Path, batch_size: int, rounds: int = 5, batches: int = 100) -> float:
+    """Print the rates of the two ways to a batch on the device; seconds of one batch here."""
+    device = Accelerator().device
+    learning_set, _ = data.load("cifar10", data_dir)
+    training_set, _ = data.split(learning_set, seed=0)
+    training_set = training_set.to(device)
+    standardise = data.Standardise.of(timm.create_model("cifar_resnet20.cifar10"), device)
+    config = timm.create_model("cifar_resnet20.cifar10").pretrained_cfg
+    transform = v2.Compose(
+        [
+            v2.ToImage(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(config["mean"], config["std"]),
+            v2.RandomCrop(32, padding=data.MAX_SHIFT),
+            v2.RandomHorizontalFlip(),
+        ]
+    )
+    peer = CIFAR10(data_dir, train=True, transform=transform)
+    seconds = {"here": 0.0, "DataLoader": 0.0}
+    for epoch in range(rounds):
+        started = now()
+        for _ in data.training_batches(training_set, batch_size, standardise, seed=0, epoch=epoch + 1):
+            pass
+        seconds["here"] += now() - started
+
+        loader = iter(DataLoader(peer, batch_size, shuffle=True, num_workers=2, pin_memory=device.type == "cuda"))
+        for _ in range(10):  # the workers start
+            next(loader)
+        started = now()
+        for _ in range(batches):
+            images, labels = next(loader)
+            images.to(device, non_blocking=True)
+            labels.to(device, non_blocking=True)
+        seconds["DataLoader"] += now() - started
+        del loader
+    rate = len(training_set) * rounds / seconds["here"]
+    peer_rate = batches * batch_size * rounds / seconds["DataLoader"]
+    print(f"\nData, batch {batch_size}")
+    print(f"on the device, standardised, shifted and flipped: {rate:.0f} images/s")
+    print(f"torchvision's CIFAR10, transforms.v2 and DataLoader with 2 workers: {peer_rate:.0f} images/s")
+    print(f"ratio {rate / peer_rate:.1f}")
+    return batch_size / rate
+
+
+def compare_depths(batch_size: int, count: int) -> None:
+    """Print time and memory of a step against depth."""
+    print(f"\nDepth, batch {batch_size}, {count} steps")
+    print(f"{'':48} {'active':>7} {'s a step':>9} {'ms/active':>9} {'MiB':>7} {'MiB/active':>10}")
+    for depth in DEPTHS:
+        model = f"cifar_resnet{depth}"
+        kinds = ["constant depth", "stochastic depth"]
+        if depth == DEPTHS[-1]:
+            kinds += ["constant depth, checkpointing", "stochastic depth, checkpointing"]
+        memory = {kind: in_own_process(peak_memory, kind, model, batch_size, count) for kind in kinds}
+        seconds = time_steps({kind: make_step(kind, model, batch_size) for kind in kinds}, count)
+        for kind in kinds:
+            survival = timm.create_model(model if kind.startswith("constant") else f"{model}_sd").survival_probabilities
+            gates = torch.stack([draw_gates(survival, 0, t) for t in range(count)])
+            active, mean = gates.double().sum(1).mean().item(), statistics.mean(seconds[kind])
+            print(
+                f"{model + ', ' + kind:48} {active:7.1f} {mean:9.3f} {1e3 * mean / active:9.2f} {memory[kind]:7.0f}"
+                f" {memory[kind] / active:10.2f}"
+            )
+
+
+def parse_args() -> argparse.Namespace:
+    parser = Parser(__doc__.split("\n")[0])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
+    parser.add_argument("--model", default="cifar_resnet110", help="the plain network")
+    parser.add_argument("--batch-size", type=int, default=128, help="of the data and the steps")
+    parser.add_argument("--steps", type=int, default=64, help="of each kind")
+    parser.add_argument("--depth-batch-size", type=int, default=32)
+    parser.add_argument("--depth-steps", type=int, default=8)
+    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder of torchvision's CIFAR-10 files")
+    return parser.parse_args()
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split(":")[0], allow_abbrev=False)
-    parser.add_argument("--model", default="cifar_resnet110", help="the plain network; the other is MODEL_sd")
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=64)
-    args = parser.parse_args()
-    names = args.model, f"{args.model}_sd"
-
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        memory = {name: pool.apply(peak_memory, (name, args.batch_size, args.steps)) for name in names}
-
-    use_all_cores()
-    steps = {name: make_step(name, args.batch_size) for name in names}
-    seconds = {name: [] for name in names}
-    for t in trange(-2, args.steps, unit="step", leave=False, disable=None):
-        for name, step in steps.items():
-            started = time.perf_counter()
-            step(max(t, 0))
-            if t >= 0:  # the first steps warm up
-                seconds[name].append(time.perf_counter() - started)
-
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, batch {args.batch_size}, {args.steps} steps")
-    for name in names:
-        mean, median = statistics.mean(seconds[name]), statistics.median(seconds[name])
-        print(f"{name:20} {mean:.3f} s a step (median {median:.3f}), peak memory {memory[name]:.0f} MiB")
-    plain, stochastic = (statistics.mean(seconds[name]) for name in names)
-    print(f"ratio of time {stochastic / plain:.3f}, of peak memory {memory[names[1]] / memory[names[0]]:.3f}")
+    args = parse_args()
+    with one_line_errors("benchmark.py"):
+        use_all_cores()
+        accelerator = Accelerator()
+        device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else "CPU"
+        print(
+            f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, timm {timm.__version__},"
+            f" mixed precision {accelerator.mixed_precision}"
+        )
+        batch_seconds = compare_data(args.data_dir, args.batch_size) if "data" in args.parts else None
+        step_seconds = compare_steps(args.model, args.batch_size, args.steps) if "step" in args.parts else None
+        if batch_seconds and step_seconds:
+            print(f"the data take {100 * batch_seconds / step_seconds:.2f}% of a training step with stochastic depth")
+        if "depth" in args.parts:
+            compare_depths(args.depth_batch_size, args.depth_steps)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,113 @@
+"""Loss and errors of a network on CIFAR: `python train_scripts/validate.py --run output/NAME --data-dir data`."""
+
+import argparse
+import time
+from pathlib import Path
+
+import timm
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from timm_sd import data, stochastic_blocks
+from timm_sd.command_line import Parser, one_line_errors
+from timm_sd.errors import UserError
+from timm_sd.evaluation import evaluate
+from timm_sd.options import DATASETS, Options
+from timm_sd.run_folder import RunFolder, read_config
+from timm_sd.training import use_all_cores
+
+SPLITS = ("train", "validation", "test")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add_argument("--model", help="a cifar_resnet network of timm_sd; a run knows its own")
+    weights = parser.add_mutually_exclusive_group(required=True)
+    weights.add_argument("--pretrained", action="store_true", help="the weights that come with the package")
+    weights.add_argument("--checkpoint", type=Path, help="a safetensors file of weights")
+    weights.add_argument("--run", type=Path, help="a run's folder: its best weights, data set and split")
+    parser.add_argument("--dataset", help=", ".join(DATASETS) + "; the run's, or cifar10")
+    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder of torchvision's CIFAR files")
+    parser.add_argument("--split", choices=SPLITS, default="test", help="train and validation are those of --seed")
+    parser.add_argument("--seed", type=int, help="of the split; the run's, or 0")
+    parser.add_argument("--drop-blocks", default="", help="numbers from 1 of blocks to leave out, as in 3,17")
+    args = parser.parse_args()
+    if (args.run is None) == (args.model is None):
+        parser.error("give --model with --pretrained or --checkpoint, and not with --run")
+    return args
+
+
+def load_network(options: Options, args: argparse.Namespace) -> nn.Module:
+    """The network with its weights. Raises UserError if there are none, or not for this network."""
+    if args.pretrained:
+        try:
+            return timm.create_model(options.tag, pretrained=True)
+        except RuntimeError as error:
+            raise UserError(f"{options.tag} has no weights in this package: give --checkpoint or --run") from error
+    network = timm.create_model(options.tag, drop_path_rate=options.drop_path)
+    file = args.checkpoint or RunFolder(args.run).weights
+    try:
+        network.load_state_dict(load_file(file))
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file} is no whole safetensors file ({error})") from error
+    except RuntimeError as error:
+        raise UserError(f"{file} has the weights of another network than {options.tag}") from error
+    return network
+
+
+def drop_blocks(network: nn.Module, numbers: str) -> None:
+    """Put shortcuts in place of blocks (eq. 3). Raises UserError for what is no list of this network's blocks."""
+    blocks = {block: name for name, block in network.named_modules()}
+    in_order = stochastic_blocks(network)
+    for number in filter(None, numbers.split(",")):
+        if not number.strip().isdecimal() or not 1 <= int(number) <= len(in_order):
+            raise UserError(f"--drop-blocks {numbers}: {number!r} is no block, they count from 1 to {len(in_order)}")
+        block = in_order[int(number) - 1]
+        network.set_submodule(blocks[block], block.shortcut)
+
+
+def main() -> None:
+    args = parse_args()
+    with one_line_errors("validate.py"):
+        if args.run is not None:
+            trained = read_config(args.run)["options"]
+        else:
+            trained = dict(model=args.model, dataset="cifar10", seed=0, drop_path=None)
+        options = Options(
+            model=trained["model"],
+            dataset=args.dataset or trained["dataset"],
+            drop_path=trained["drop_path"],
+            seed=trained["seed"] if args.seed is None else args.seed,
+        )
+        use_all_cores()
+        accelerator = Accelerator()
+        network = load_network(options, args)
+        drop_blocks(network, args.drop_blocks)
+        network = network.to(accelerator.device, memory_format=torch.channels_last)
+        learning_set, test_set = data.load(options.dataset, args.data_dir)
+        training_set, validation_set = data.split(learning_set, options.seed)
+        images = dict(zip(SPLITS, (training_set, validation_set, test_set), strict=True))[args.split]
+
+        standardise = data.Standardise.of(network, accelerator.device)
+        images = images.to(accelerator.device)
+        started = time.perf_counter()
+        result = evaluate(accelerator, network, images, standardise)
+        seconds = time.perf_counter() - started
+
+        names = network.pretrained_cfg["label_names"] if options.dataset != "synthetic" else data.SHAPES
+        accelerator.print(f"{'class':>20} {'images':>7} {'errors':>7} {'error':>7}")
+        for name, count, errors in zip(names, result.images, result.errors, strict=True):
+            share = f"{100 * errors / count:.2f}%" if count else "-"
+            accelerator.print(f"{name:>20} {count:7} {errors:7} {share:>7}")
+        accelerator.print(
+            f"{options.tag}, {args.split} images of {options.dataset}: loss {result.loss:.4f}, top-1 error"
+            f" {result.error:.2f}%, {len(images) / seconds:.0f} images/s"
+        )
+        accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
