@@ -1,13 +1,17 @@
 """Evaluation and the script around it, against counting by hand."""
 
+import json
+
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from safetensors.torch import load_file
 
-from timm_sd import data, evaluation
+from timm_sd import data, evaluation, training
 from timm_sd.evaluation import evaluate
+from timm_sd.options import Options
 
 
 @pytest.fixture
@@ -30,3 +34,98 @@ def test_evaluate_counts_by_hand(network, monkeypatch):
     assert result.errors == [wrong.count(label) for label in range(10)]
     assert result.images == [images.labels.tolist().count(label) for label in range(10)]
     assert not network.training
+
+
+@pytest.fixture
+def run(few_images, tmp_path, capsys):
+    """A finished run of one epoch."""
+    folder = tmp_path / "run"
+    training.train(Options("cifar_resnet20_sd", "synthetic", epochs=1, batch_size=64, seed=3, output=folder))
+    capsys.readouterr()
+    return folder
+
+
+def test_a_runs_weights_have_its_errors(command, run):
+    """On the split of its own seed, told by the run alone."""
+    figures = json.loads((run / "metrics.jsonl").read_text())
+    for split, size in (("validation", 20), ("test", 50)):
+        status, out, err = command("validate", "--run", run, "--split", split)
+        assert (status, err) == (0, "")
+        *table, last = out.splitlines()
+        assert f"{split} images of synthetic" in last
+        assert f"top-1 error {figures[f'{split}_error']:.2f}%" in last
+        rows = [row.rsplit(maxsplit=3) for row in table[1:]]
+        assert [row[0].strip() for row in rows] == list(data.SHAPES)
+        assert sum(int(row[1]) for row in rows) == size
+        assert sum(int(row[2]) for row in rows) == pytest.approx(figures[f"{split}_error"] * size / 100)
+
+
+def test_weights_alone(command, run):
+    """In the network they were trained in and in its plain twin; `--seed` chooses the split."""
+    figures = json.loads((run / "metrics.jsonl").read_text())
+    for model in ("cifar_resnet20_sd", "cifar_resnet20"):
+        arguments = ["--model", model, "--checkpoint", run / "model.safetensors", "--dataset", "synthetic"]
+        _, out, _ = command("validate", *arguments, "--split", "validation", "--seed", 3)
+        assert f"top-1 error {figures['validation_error']:.2f}%" in out
+
+
+def test_left_out_blocks(command, run, network):
+    """Blocks 3 and 4 by hand: the fourth is the first of the second group, with pooling and padding for a shortcut."""
+    _, out, _ = command("validate", "--run", run, "--drop-blocks", "3,4")
+    network.load_state_dict(load_file(run / "model.safetensors"))
+    _, test_set = data.load("synthetic", None)
+    x = data.Standardise.of(network, torch.device("cpu"))(test_set.images)
+    with torch.inference_mode():
+        x = network.act1(network.bn1(network.conv1(x)))
+        for number, block in enumerate((block for stage in network.stages for block in stage), start=1):
+            branch = block.survival * block.branch(x)
+            if number == 4:
+                x = torch.cat([F.avg_pool2d(x, 2), torch.zeros(50, 16, 16, 16)], dim=1)
+            elif number != 3:
+                x = (branch + block.shortcut(x)).relu()
+        loss = F.cross_entropy(network.fc(x.mean((2, 3))), test_set.labels)
+    assert f"loss {loss:.4f}" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "one of the arguments --pretrained --checkpoint --run is required"),
+        (["--pretrained"], "give --model with --pretrained or --checkpoint, and not with --run"),
+        (["--pretrained", "--model", "resnet11"], "--model resnet11: there is no such network"),
+        (
+            ["--run", "{run}", "--model", "cifar_resnet20"],
+            "give --model with --pretrained or --checkpoint, and not with",
+        ),
+        (["--run", "nowhere"], "nowhere holds no run: its config.json is missing or damaged"),
+        (["--run", "{run}", "--split", "all"], "invalid choice: 'all'"),
+        (["--run", "{run}", "--dataset", "mnist"], "--dataset mnist: there is no such data set"),
+        (["--run", "{run}", "--drop-blocks", "0"], "--drop-blocks 0: '0' is no block, they count from 1 to 9"),
+        (["--run", "{run}", "--drop-blocks", "3,10"], "--drop-blocks 3,10: '10' is no block, they count from 1 to 9"),
+        (["--run", "{run}", "--drop-blocks", "x"], "--drop-blocks x: 'x' is no block, they count from 1 to 9"),
+        (["--model", "cifar_resnet20", "--checkpoint", "nothing"], "nothing is no whole safetensors file"),
+        (
+            ["--model", "cifar_resnet20", "--checkpoint", "{run}/config.json"],
+            "config.json is no whole safetensors file",
+        ),
+        (
+            ["--model", "cifar_resnet32", "--checkpoint", "{run}/model.safetensors"],
+            "the weights of another network than",
+        ),
+    ],
+)
+def test_wrong_input_gets_one_line(command, run, arguments, message):
+    status, out, err = command("validate", *(argument.format(run=run) for argument in arguments))
+    assert status in (1, 2)
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.startswith("validate.py: ")
+    assert message in err
+
+
+def test_a_truncated_file_is_refused(command, run):
+    file = run / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    status, _, err = command("validate", "--run", run)
+    assert status == 1
+    assert f"validate.py: {file} is no whole safetensors file" in err

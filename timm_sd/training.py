@@ -1,7 +1,6 @@
 """One training run under the authors' protocol (Huang et al., section 4), from the data to the best weights."""
 
 import copy
-import importlib.metadata
 import json
 import math
 import os
@@ -13,9 +12,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TypeVar
 
+import accelerate
 import timm
 import torch
 import torch.nn.functional as F
+import torchvision
 from accelerate import Accelerator
 from accelerate.state import PartialState
 from accelerate.tracking import get_available_trackers
@@ -59,9 +60,10 @@ def create_network(options: Options) -> nn.Module:
 
 def create_accelerator(options: Options) -> Accelerator:
     """What Accelerate's launcher set up. Raises UserError for what a run cannot do with it."""
-    if options.log_with is not None and options.log_with not in get_available_trackers():
-        available = ", ".join(map(str, get_available_trackers())) or "none"
-        raise UserError(f"--log-with {options.log_with}: not a tracker that is installed here; installed: {available}")
+    trackers = [str(tracker) for tracker in get_available_trackers()]
+    if options.log_with is not None and options.log_with not in trackers:
+        installed = ", ".join(trackers) or "none"
+        raise UserError(f"--log-with {options.log_with}: not a tracker that is installed here; installed: {installed}")
     accelerator = Accelerator(log_with=options.log_with, project_dir=options.output_dir)
     processes = accelerator.num_processes
     if accelerator.gradient_accumulation_steps > 1:
@@ -155,7 +157,7 @@ class Run:
 
     def graph_blocks(self) -> None:
         """Capture the network's blocks as CUDA graphs, for whole batches."""
-        images, _ = next(self.batches())
+        images, _ = next(data.evaluation_batches(self.training_set, self.options.batch_size, self.standardise))
         graph_blocks(self.network, images, torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else None)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -219,10 +221,8 @@ class Run:
                 if signal := interruption.noted():
                     self.checkpoint()
                     raise stopped(signal, progress)
-                if (
-                    options.checkpoint_steps
-                    and progress.steps % options.checkpoint_steps == 0 < self.steps - progress.steps
-                ):
+                due = options.checkpoint_steps and progress.steps % options.checkpoint_steps == 0
+                if due and progress.steps < self.steps:
                     self.checkpoint()
 
         loss, errors, gradient = self.accelerator.reduce(self.sums).tolist()
@@ -355,7 +355,7 @@ def environment(accelerator: Accelerator) -> dict[str, str | int | None]:
         git_commit=git_commit(),
         timm_sd=__version__,
         python=platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in ("torch", "torchvision", "timm", "accelerate")},
+        **{library.__name__: str(library.__version__) for library in (torch, torchvision, timm, accelerate)},
     )
 
 

@@ -6,13 +6,12 @@ since the gates of each are part of it. Peak memory is that of the same steps, m
 
 import argparse
 import multiprocessing
-import resource
+import re
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import timm
 import torch
 import torch.nn.functional as F
@@ -132,18 +131,25 @@ def time_steps(steps: dict[str, Step], count: int) -> dict[str, list[float]]:
 
 
 def peak_memory(kind: str, model: str, batch_size: int, steps: int) -> float:
-    """MiB by which the device's memory in use, or this process's resident memory, grows at its peak over the steps."""
+    """MiB by which the GPU's memory in use, or this process's resident memory, grows at its peak over the steps."""
     use_all_cores()
     step = make_step(kind, model, batch_size)
     if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        for t in range(steps):
-            step(t)
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    before = psutil.Process().memory_info().rss
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # what came before, the making of the data, is no peak of ours
+        before = resident_memory("VmRSS")
     for t in range(steps):
         step(t)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 2**20
+    after = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident_memory("VmHWM")
+    return (after - before) / 2**20
+
+
+def resident_memory(field: str) -> int:
+    """Bytes of this process's memory: "VmRSS" now, "VmHWM" at its peak. Linux only."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(rf"{field}:\s+(\d+)", status).group(1))
 
 
 def in_own_process(function: Callable, *args):
