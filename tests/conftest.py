@@ -1,6 +1,7 @@
 """What several test files use."""
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import pytest
 
 from timm_sd import data
 
+# Runs are compared bit for bit and with computations on the CPU, also where there is a GPU.
+os.environ["ACCELERATE_USE_CPU"] = "1"
 SCRIPTS = Path(__file__).parents[1] / "train_scripts"
 
 

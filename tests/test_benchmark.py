@@ -49,6 +49,10 @@ def test_the_clock_of_the_stages(benchmark, monkeypatch):
     assert next(ticks) == 12
 
 
+def test_perfect_skipping(benchmark):
+    assert benchmark.perfect_seconds(1.0, [0.4, 0.3, 0.2], [0.1, 0.2, 0.5]) == pytest.approx(1 - 0.04 - 0.06 - 0.1)
+
+
 def test_the_table(benchmark, capsys, monkeypatch):
     monkeypatch.setattr(benchmark, "DEPTHS", (20,))
     benchmark.compare_steps("cifar_resnet20", 8, 2)

@@ -8,8 +8,9 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from accelerate.state import AcceleratorState
 
-from timm_sd import cuda_graphs, draw_gates, training, use_gates
+from timm_sd import cuda_graphs, draw_gates, stochastic_depth, training, use_gates
 from timm_sd.options import Options
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -17,17 +18,32 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 @pytest.fixture(params=DEVICES)
 def device(request, monkeypatch):
-    """On the CPU a captured function is called at once, which a capture does not, and whenever it is replayed."""
-    if request.param == "cpu":
+    """On the CPU, what was captured is called again in place of a replay, its result put where the first one was."""
+    if request.param == "cuda":
+        monkeypatch.delenv("ACCELERATE_USE_CPU")
+    else:
 
         def capture(function, pool):
+            graphs = function.__self__
+            result = {"_forward": "output", "_backward": "input_gradient"}[function.__name__]
             function()
-            return torch.enable_grad()(function)
+            buffer = getattr(graphs, result).detach()
+
+            def replay():
+                with torch.enable_grad():
+                    function()
+                output = getattr(graphs, result)
+                buffer.copy_(output.detach())
+                output.data = buffer
+
+            return replay
 
         monkeypatch.setattr(cuda_graphs, "_capture", capture)
         monkeypatch.setattr(cuda_graphs, "_memory_pool", lambda: None)
         monkeypatch.setattr(cuda_graphs, "_side_stream", nullcontext)
-    return torch.device(request.param)
+    AcceleratorState._reset_state(True)
+    yield torch.device(request.param)
+    AcceleratorState._reset_state(True)
 
 
 def make_twins(name, device):
@@ -92,6 +108,42 @@ def test_kept_blocks_are_replayed_and_dropped_ones_are_not(device, monkeypatch):
     kept = gates.nonzero().flatten().tolist()
     assert 0 < len(kept) < 9
     assert replayed == [("replay_forward", b) for b in kept] + [("replay_backward", b) for b in reversed(kept)]
+
+
+def test_a_dropped_block_makes_no_gradients(device, monkeypatch):
+    """They are zero as they stand, where eager training has to make them."""
+    _, graphed = make_twins("cifar_resnet20_sd", device)
+    monkeypatch.setattr(stochastic_depth._Dropped, "apply", None)
+    addresses = [parameter.grad.data_ptr() for parameter in graphed.parameters()]
+    images, labels = next(batches(device))
+    with use_gates(graphed, torch.arange(9) % 2 == 0):
+        F.cross_entropy(graphed(images), labels).backward()
+    assert [parameter.grad.data_ptr() for parameter in graphed.parameters()] == addresses
+    for index, block in enumerate(block for stage in graphed.stages for block in stage):
+        assert all(parameter.grad.any() == (index % 2 == 0) for parameter in block.parameters())
+
+
+def test_buffers_are_chained(device, monkeypatch):
+    """What enters the first block and the last one's gradient are copied, and what comes past a dropped block."""
+    _, graphed = make_twins("cifar_resnet20_sd", device)
+    copies = []
+    copy = cuda_graphs._copy
+
+    def counted(source, buffer):
+        copies.append(source.data_ptr() != buffer.data_ptr())
+        copy(source, buffer)
+
+    monkeypatch.setattr(cuda_graphs, "_copy", counted)
+    images, labels = next(batches(device))
+    for dropped, copied in ((None, 2), (1, 4), (3, 4), (8, 2)):
+        gates = torch.ones(9, dtype=torch.bool)
+        if dropped is not None:
+            gates[dropped] = False
+        copies.clear()
+        with use_gates(graphed, gates):
+            F.cross_entropy(graphed(images), labels).backward()
+        assert len(copies) == 2 * gates.sum()
+        assert sum(copies) == copied
 
 
 def test_evaluation_does_not_use_the_graphs(device):

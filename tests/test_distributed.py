@@ -2,13 +2,18 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from by_hand import assert_figures_are_close, protocol_by_hand
+from conftest import SCRIPTS
 from safetensors.torch import load_file
 
 from timm_sd import data, training
@@ -19,10 +24,10 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 PROGRAM = Path(__file__).with_name("two_processes.py")
 
 
-def launch(output, kill_rank="none", kill_step="none"):
-    """Run the program in two processes; its exit status and error output."""
+def launch(output, *arguments, program=PROGRAM):
+    """Run a program in two processes; its exit status and error output."""
     done = subprocess.run(
-        [*TORCHRUN, PROGRAM, output, kill_rank, kill_step],
+        [*TORCHRUN, program, output, *arguments],
         env=os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"},
         capture_output=True,
         text=True,
@@ -87,20 +92,76 @@ def test_it_is_the_protocol(run):
     torch.testing.assert_close(last, states[1], rtol=1e-3, atol=1e-4)
 
 
-def test_killed_and_resumed(run, tmp_path):
-    """One process dies in the fifth step, the other is ended by the launcher, and both go on to the same end."""
+def test_interrupted_and_resumed(run, tmp_path, monkeypatch):
+    """A signal to one process stops both within an epoch, then one is killed; both go on to the same end."""
     folder, notes, _ = run
-    status, _ = launch(tmp_path / "run", "1", "4")
+    interrupted = tmp_path / "run"
+    status, errors = launch(interrupted, "SIGTERM", "1", "1")
     assert status != 0
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["epoch-00002-step-000000"]
-    status, errors = launch(tmp_path / "run")
+    assert errors.count("UserError: stopped by SIGTERM in epoch 1 after 2 steps") == 2
+    (checkpoint,) = (interrupted / "checkpoints").iterdir()
+    assert checkpoint.name == "epoch-00001-step-000002"
+    sums = json.loads((checkpoint / "progress.json").read_text())["sums"]
+    assert len(sums) == 2
+    assert sums[0] != sums[1]
+
+    # One process takes over what two have summed.
+    shutil.copytree(interrupted, tmp_path / "alone")
+    load = data.load
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "load", lambda *args: tuple(p[:n] for p, n in zip(load(*args), (210, 51), strict=True)))
+        options = Options("cifar_resnet20_sd", "synthetic", epochs=2, batch_size=64, resume=True)
+        alone = training.Run(Accelerator(), replace(options, output=tmp_path / "alone"))
+        alone.begin()
+    assert alone.sums.tolist() == pytest.approx([first + second for first, second in zip(*sums, strict=True)])
+
+    status, _ = launch(interrupted, "SIGKILL", "1", "2")
+    assert status != 0
+    assert max((interrupted / "checkpoints").iterdir()).name == "epoch-00002-step-000000"
+    status, errors = launch(interrupted)
     assert status == 0, errors
-    assert (tmp_path / "run" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
-    assert metrics(tmp_path / "run") == metrics(folder)
-    resumed = [json.loads((tmp_path / f"run-rank{rank}.json").read_text()) for rank in (0, 1)]
-    assert [len(note["steps"]) for note in resumed] == [3, 3]
-    for note, expected in zip(resumed, notes, strict=True):
-        assert note["parameters"] == expected["parameters"]
+    assert (interrupted / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    assert metrics(interrupted) == metrics(folder)
+    for rank, expected in enumerate(notes):
+        resumed = json.loads((tmp_path / f"run-rank{rank}.json").read_text())
+        assert len(resumed["steps"]) == 3
+        assert resumed["parameters"] == expected["parameters"]
+
+
+def test_missing_data_are_said_once(tmp_path):
+    script = SCRIPTS / "train.py"
+    status, errors = launch("--data-dir", tmp_path, "--output", tmp_path / "run", program=script)
+    assert status != 0
+    assert errors.count("train.py: cifar10 is missing or corrupt") == 1
+    assert "barrier" not in errors
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_sum_takes_the_order_of_the_processes(monkeypatch):
+    """1e8 + 1 - 1e8 is 0 in float32 and 1 in any order that adds the large ones first."""
+    parts = [torch.tensor([value]) for value in (1e8, 1.0, -1e8)]
+
+    class Gathered:
+        def get_future(self):
+            future = torch.futures.Future()
+            future.set_result(None)
+            return future
+
+    def all_gather(outputs, mine, async_op):
+        for output, part in zip(outputs, parts, strict=True):
+            output.copy_(part)
+        return Gathered()
+
+    class Bucket:
+        def buffer(self):
+            return parts[0].clone()
+
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
+    monkeypatch.setattr(torch.distributed, "all_gather", all_gather)
+    assert training.mean_in_order(None, Bucket()).wait().tolist() == [0.0]
+    parts.reverse()
+    parts.append(parts.pop(1))
+    assert training.mean_in_order(None, Bucket()).wait().tolist() == pytest.approx([1 / 3])
 
 
 class Processes:
@@ -108,8 +169,9 @@ class Processes:
 
     mixed_precision, gradient_accumulation_steps, device = "no", 1, torch.device("cpu")
 
-    def __init__(self, num_processes):
+    def __init__(self, num_processes, distributed_type=DistributedType.MULTI_CPU):
         self.num_processes = num_processes
+        self.distributed_type = distributed_type
 
 
 @pytest.mark.parametrize(
@@ -124,3 +186,9 @@ def test_what_cannot_be_divided_is_refused(monkeypatch, processes, kwargs, messa
     monkeypatch.setattr(training, "Accelerator", lambda **_: Processes(processes))
     with pytest.raises(UserError, match=message):
         training.train(Options("cifar_resnet20_sd", "synthetic", **kwargs))
+
+
+def test_other_ways_to_divide_are_refused(monkeypatch):
+    monkeypatch.setattr(training, "Accelerator", lambda **_: Processes(2, DistributedType.FSDP))
+    with pytest.raises(UserError, match="FSDP: a run is divided by --multi_gpu alone"):
+        training.train(Options("cifar_resnet20_sd", "synthetic"))

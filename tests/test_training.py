@@ -143,6 +143,23 @@ def test_bf16(few_images, tmp_path, monkeypatch):
     assert set(seen) == {(True, torch.bfloat16), (False, torch.float32)}
 
 
+def test_graphs_and_compilation_exclude_each_other(few_images, tmp_path, monkeypatch):
+    AcceleratorState._reset_state(True)
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    with pytest.raises(UserError, match="--cuda-graphs: it works in one process only, and not with --dynamo_backend"):
+        training.train(Options("cifar_resnet20_sd", "synthetic", cuda_graphs=True, output=tmp_path / "run"))
+    AcceleratorState._reset_state(True)
+
+
+def test_synchronised_normalisation_in_one_process_is_the_plain_one(few_images, tmp_path):
+    weights = []
+    for sync_bn in (False, True):
+        options = Options("cifar_resnet20_sd", "synthetic", epochs=1, batch_size=64, sync_bn=sync_bn)
+        training.train(replace(options, output=tmp_path / str(sync_bn)))
+        weights.append((tmp_path / str(sync_bn) / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+
+
 def test_gradient_accumulation_is_refused(few_images, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
     with pytest.raises(UserError, match="--gradient_accumulation_steps 1"):

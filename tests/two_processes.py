@@ -12,7 +12,8 @@ from timm_sd.options import Options
 BATCH_SIZE = 64  # of 189 training images, so the last batch's 61 divide unevenly
 
 
-def main(output: str, kill_rank: str, kill_step: str) -> None:
+def main(output: str, name: str = "", rank: str = "", at: str = "") -> None:
+    """A signal of that name goes to process `rank` before its step `at`, counted from 0 in this launch."""
     load, step = data.load, training.Run.step
     data.load = lambda *args: tuple(part[:size] for part, size in zip(load(*args), (210, 51), strict=True))
     notes = dict(steps=[])
@@ -21,8 +22,8 @@ def main(output: str, kill_rank: str, kill_step: str) -> None:
     def noted(run, images, labels, gates, batch_size):
         runs[:] = [run]
         index = len(notes["steps"])
-        if [str(run.accelerator.process_index), str(index)] == [kill_rank, kill_step]:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if [str(run.accelerator.process_index), str(index)] == [rank, at]:
+            os.kill(os.getpid(), signal.Signals[name])
         step(run, images, labels, gates, batch_size)
         # Images are told apart by their pixels, in any order and place: their sum over the shifts is not enough.
         notes["steps"].append(

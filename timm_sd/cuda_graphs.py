@@ -37,30 +37,31 @@ class _Replay(torch.autograd.Function):
 class _BlockGraphs:
     """The two graphs of one kept block, and the buffers they read and write."""
 
-    def __init__(self, block: StochasticDepth) -> None:
+    def __init__(self, block: StochasticDepth, autocast: AbstractContextManager) -> None:
         self.block = block
+        self.autocast = autocast
         self.parameters = list(block.parameters())
 
-    def capture_forward(self, x: Tensor, autocast: AbstractContextManager, pool: tuple[int, int]) -> Tensor:
+    def capture_forward(self, x: Tensor, pool: tuple[int, int]) -> Tensor:
         self.input = x.detach().requires_grad_()
-
-        def forward() -> None:
-            with autocast:
-                self.output = self.block._residual(self.input, 1.0)
-
-        self.replay_forward = _capture(forward, pool)
+        self.replay_forward = _capture(self._forward, pool)
         return self.output
 
     def capture_backward(self, gradient: Tensor, pool: tuple[int, int]) -> Tensor:
         self.output_gradient = gradient
-
-        def backward() -> None:
-            inputs = (self.input, *self.parameters)
-            self.input_gradient, *gradients = torch.autograd.grad(self.output, inputs, self.output_gradient)
-            torch._foreach_add_([parameter.grad for parameter in self.parameters], gradients)
-
-        self.replay_backward = _capture(backward, pool)
+        self.replay_backward = _capture(self._backward, pool)
+        # The parameters' nodes in autograd must not stay behind, bound to the stream of the capture.
+        self.output = self.output.detach()
         return self.input_gradient
+
+    def _forward(self) -> None:
+        with self.autocast:
+            self.output = self.block._residual(self.input, 1.0)
+
+    def _backward(self) -> None:
+        inputs = (self.input, *self.parameters)
+        self.input_gradient, *gradients = torch.autograd.grad(self.output, inputs, self.output_gradient)
+        torch._foreach_add_([parameter.grad for parameter in self.parameters], gradients)
 
     def kept(self, x: Tensor) -> Tensor:
         """The open gate's eq. 2; batches of another shape, the last of an epoch, are computed without the graph."""
@@ -91,10 +92,10 @@ def graph_blocks(network: nn.Module, images: Tensor, dtype: torch.dtype | None =
     # A cast that autocast remembers from outside a graph would not be made again when the graph is replayed.
     autocast = torch.autocast(images.device.type, dtype, enabled=dtype is not None, cache_enabled=False)
     pool = _memory_pool()
-    graphs = [_BlockGraphs(block) for block in blocks]
+    graphs = [_BlockGraphs(block, autocast) for block in blocks]
     # All graphs share their memory, so they are captured in the order in which they are replayed.
     for block_graphs in graphs:
-        x = block_graphs.capture_forward(x, autocast, pool)
+        x = block_graphs.capture_forward(x, pool)
     gradient = torch.zeros_like(x)
     for block_graphs in reversed(graphs):
         gradient = block_graphs.capture_backward(gradient, pool)
@@ -103,7 +104,8 @@ def graph_blocks(network: nn.Module, images: Tensor, dtype: torch.dtype | None =
         buffer.copy_(before)
     for block_graphs in graphs:
         block_graphs.block._kept = block_graphs.kept
-        block_graphs.block._dropped = block_graphs.block.shortcut
+        # Its parameters' gradients are zero already. (A module given as an attribute would not hide the method.)
+        block_graphs.block._dropped = block_graphs.block.shortcut.forward
 
 
 def _warm_up(network: nn.Module, blocks: list[StochasticDepth], images: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ def load(dataset: str, data_dir: Path, download: bool = False) -> tuple[ImageSet
             way_out = (
                 f"downloading it failed ({' '.join(str(error).split())})"
                 if download
-                else "give its folder as --data-dir, fetch it with --download, or try --dataset synthetic"
+                else "give its folder as --data-dir, have train.py fetch it with --download, or try --dataset synthetic"
             )
             raise UserError(f"{dataset} is missing or corrupt in {str(data_dir)!r}: {way_out}") from error
         parts.append(ImageSet(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)))

@@ -26,7 +26,10 @@ class Evaluation:
 def evaluate(
     accelerator: Accelerator, network: nn.Module, images: data.ImageSet, standardise: data.Standardise
 ) -> Evaluation:
-    """What `network` makes of all the images; every process computes a part, and all get the whole."""
+    """What `network` makes of all the images; every process computes a part, and all get the whole.
+
+    Leaves the network in evaluation mode.
+    """
     network.eval()
     first, end = (
         len(images) * index // accelerator.num_processes

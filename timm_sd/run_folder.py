@@ -77,7 +77,7 @@ class RunFolder:
         """
         with self._writing():
             self.path.mkdir(parents=True, exist_ok=True)
-            newest = max(self.checkpoints.glob("epoch-*"), default=None)
+            newest = self.newest()
             if newest is None or not resume:
                 if newest or self.metrics.exists() or self.weights.exists():
                     go_on = "--resume goes on with it, or " if newest else ""
@@ -99,6 +99,10 @@ class RunFolder:
                 _write_json(self.config, config)
         return newest, differing
 
+    def newest(self) -> Path | None:
+        """The newest checkpoint."""
+        return max(self.checkpoints.glob("epoch-*"), default=None)
+
     def load(self, checkpoint: Path, accelerator: Accelerator) -> Progress:
         """Bring what `accelerator` prepared into the state of a checkpoint."""
         try:
@@ -110,12 +114,13 @@ class RunFolder:
     def save(self, accelerator: Accelerator, progress: Progress, keep: int, best: nn.Module | None = None) -> None:
         """Write a checkpoint and lay it out, then delete all but the newest `keep`.
 
-        `best` has the best weights if they are new; otherwise they are the ones that are laid out.
+        `best` has the best weights if they are new; otherwise they are those of the checkpoint before.
         """
         checkpoint = self.checkpoints / f"epoch-{progress.epoch:05d}-step-{progress.steps:06d}"
         if checkpoint.exists():  # of a run that was resumed and stopped before another step
             return
         partial = self.checkpoints / "partial"
+        before = self.newest()
         with self._writing():
             try:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -124,7 +129,7 @@ class RunFolder:
                 if best is not None:
                     save_model(best, partial / BEST_FILE, metadata={"format": "pt"})
                 elif progress.history:
-                    shutil.copyfile(self.weights, partial / BEST_FILE)
+                    shutil.copyfile(before / BEST_FILE, partial / BEST_FILE)
                 _write_json(partial / PROGRESS_FILE, asdict(progress))
                 for file in partial.iterdir():
                     _sync(file)
@@ -155,7 +160,9 @@ class RunFolder:
     def _writing(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors raise the latter two
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+                raise  # torch.save has no error of its own
             reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
             raise UserError(
                 f"cannot write to {self.path} ({reason}): make room or choose another --output;"

@@ -20,7 +20,7 @@ import torchvision
 from accelerate import Accelerator
 from accelerate.state import PartialState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import broadcast, broadcast_object_list, set_seed
+from accelerate.utils import DistributedType, DynamoBackend, broadcast, broadcast_object_list, gather_object, set_seed
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -70,6 +70,8 @@ def create_accelerator(options: Options) -> Accelerator:
         raise UserError("every batch is a step of its own: launch it with --gradient_accumulation_steps 1")
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise UserError(f"--mixed_precision {accelerator.mixed_precision}: launch it with no or bf16")
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise UserError(f"{accelerator.distributed_type.value}: a run is divided by --multi_gpu alone")
     if options.batch_size % processes:
         raise UserError(
             f"--batch-size {options.batch_size}: it is the images of all {processes} processes together,"
@@ -77,8 +79,8 @@ def create_accelerator(options: Options) -> Accelerator:
         )
     if options.sync_bn and processes > 1 and accelerator.device.type == "cpu":
         raise UserError("--sync-bn: PyTorch has it for GPUs only; on the CPU, train in one process instead")
-    if options.cuda_graphs and processes > 1:
-        raise UserError("--cuda-graphs: it works in one process only")
+    if options.cuda_graphs and (processes > 1 or accelerator.state.dynamo_plugin.backend != DynamoBackend.NO):
+        raise UserError("--cuda-graphs: it works in one process only, and not with --dynamo_backend")
     return accelerator
 
 
@@ -91,8 +93,9 @@ class Run:
         self.folder = RunFolder(options.output_dir)
         self.progress = Progress()
 
-        with accelerator.local_main_process_first():  # one process of a machine downloads
-            learning_set, test_set = data.load(options.dataset, options.data_dir, options.download)
+        learning_set, test_set = on_all_processes(
+            lambda: data.load(options.dataset, options.data_dir, options.download)
+        )
         parts = (*data.split(learning_set, options.seed), test_set)
         self.training_set, self.validation_set, self.test_set = (part.to(accelerator.device) for part in parts)
         self.steps = math.ceil(len(self.training_set) / options.batch_size)  # an epoch
@@ -119,6 +122,8 @@ class Run:
             fused=accelerator.device.type in ("cpu", "cuda"),
         )
         self.model, self.optimizer = accelerator.prepare(network, optimizer)  # the model is the network, wrapped
+        if accelerator.distributed_type == DistributedType.MULTI_CPU:
+            self.model.register_comm_hook(None, mean_in_order)
         self.blocks = stochastic_blocks(network)
         self.survival = [block.survival for block in self.blocks]
         self.standardise = data.Standardise.of(network, accelerator.device)
@@ -129,9 +134,16 @@ class Run:
         self.graphed = options.cuda_graphs and accelerator.device.type == "cuda"
         if accelerator.device.type == "cuda":
             torch.backends.cudnn.benchmark = True  # every batch but the last has the same shape
+
         # A checkpoint has the plain network's keys, so that a run can go on in other wrappers.
-        accelerator.register_save_state_pre_hook(lambda _, weights, __: weights.__setitem__(0, network.state_dict()))
-        accelerator.register_load_state_pre_hook(lambda models, _: models.__setitem__(0, network))
+        def save_unwrapped(models: list[nn.Module], weights: list[dict], folder: str) -> None:
+            weights[:] = [network.state_dict()]
+
+        def load_unwrapped(models: list[nn.Module], folder: str) -> None:
+            models[:] = [network]
+
+        accelerator.register_save_state_pre_hook(save_unwrapped)
+        accelerator.register_load_state_pre_hook(load_unwrapped)
 
     def begin(self) -> None:
         """Open the run's folder, and go on from its newest checkpoint if that is asked for."""
@@ -248,10 +260,10 @@ class Run:
 
     def end_epoch(self, figures: dict[str, float]) -> None:
         """Add the figures to the log and save everything."""
+        self.accelerator.log(figures, step=figures["epoch"])
         self.progress = Progress(history=[*self.progress.history, figures])
         self.sums.zero_()
         self.checkpoint(self.plain if self.progress.best is figures else None)
-        self.accelerator.log(figures, step=figures["epoch"])
         self.accelerator.print(
             "epoch {epoch}: lr {lr:g}, training loss {train_loss:.4f}, errors {train_error:.2f}% in training,"
             " {validation_error:.2f}% validation, {test_error:.2f}% test, {active_blocks:.2f} active blocks,"
@@ -268,8 +280,8 @@ class Run:
         on_main_process(lambda: self.folder.save(self.accelerator, self.progress, self.options.keep_checkpoints, best))
 
     def check_finite(self, loss: float) -> None:
-        """Raise UserError if the run has diverged."""
-        finite = torch.stack([parameter.isfinite().all() for parameter in self.network.parameters()])
+        """Raise UserError if the run has diverged: in its loss, its weights or its running statistics."""
+        finite = torch.stack([tensor.isfinite().all() for tensor in self.network.state_dict().values()])
         if not math.isfinite(loss) or not finite.all():
             raise UserError(
                 f"the run diverged in epoch {self.progress.epoch}: try an --lr below {self.options.lr:g}"
@@ -328,6 +340,30 @@ def stopped(signal: str, progress: Progress) -> UserError:
         f"stopped by {signal} in epoch {progress.epoch} after {progress.steps} steps:"
         " the same command with --resume goes on from there"
     )
+
+
+def mean_in_order(_: None, bucket: torch.distributed.GradBucket) -> torch.futures.Future[Tensor]:
+    """The processes' mean gradient, summed in their order.
+
+    Gloo's own sum takes another order for each place in a bucket, and DDP's buckets are others after a resume.
+    """
+    mine = bucket.buffer()
+    parts = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size())]
+    gathered = torch.distributed.all_gather(parts, mine, async_op=True).get_future()
+    return gathered.then(lambda _: sum(parts[1:], start=parts[0]).div_(len(parts)))
+
+
+def on_all_processes(action: Callable[[], T]) -> T:
+    """The result of what each process does, one of each machine ahead of the others; any UserError is everyone's."""
+    result = message = None
+    with PartialState().local_main_process_first():
+        try:
+            result = action()
+        except UserError as error:
+            message = str(error)
+    if messages := [message for message in gather_object([message]) if message is not None]:
+        raise UserError(messages[0])
+    return result
 
 
 def on_main_process(action: Callable[[], T]) -> T:

@@ -131,19 +131,19 @@ def time_steps(steps: dict[str, Step], count: int) -> dict[str, list[float]]:
 
 
 def peak_memory(kind: str, model: str, batch_size: int, steps: int) -> float:
-    """MiB by which the GPU's memory in use, or this process's resident memory, grows at its peak over the steps."""
+    """MiB of a GPU that are taken for the steps, or by which this process's resident memory grows at its peak.
+
+    The former holds everything, network, data and graphs too, since graphs take their memory before they are replayed.
+    """
     use_all_cores()
     step = make_step(kind, model, batch_size)
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # what came before, the making of the data, is no peak of ours
-        before = resident_memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # what came before, the making of the data, is no peak of the steps
+    before = resident_memory("VmRSS")
     for t in range(steps):
         step(t)
-    after = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident_memory("VmHWM")
-    return (after - before) / 2**20
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_reserved() / 2**20
+    return (resident_memory("VmHWM") - before) / 2**20
 
 
 def resident_memory(field: str) -> int:
@@ -179,6 +179,11 @@ def clock_stages(network: nn.Module) -> list[float]:
     return seconds
 
 
+def perfect_seconds(constant: float, stages: list[float], dropped: list[float]) -> float:
+    """Seconds of a step of `constant` seconds, `stages` of them in its stages, that spares a share of each stage."""
+    return constant - sum(seconds * share for seconds, share in zip(stages, dropped, strict=True))
+
+
 def compare_steps(model: str, batch_size: int, count: int) -> float:
     """Print a table of all kinds of training step; seconds of one with stochastic depth."""
     kinds = ["constant depth", "stochastic depth", "constant depth, plain loop", "stochastic depth, plain loop", *PEERS]
@@ -200,8 +205,7 @@ def compare_steps(model: str, batch_size: int, count: int) -> float:
     # What the blocks that these steps dropped take in a step that drops none.
     dropped = 1 - torch.stack([draw_gates(stochastic, 0, t) for t in range(count)]).double().mean(0)
     shares = dropped.view(len(stage_seconds), -1).mean(1).tolist()
-    spared = sum(share * total / (count + 2) for share, total in zip(shares, stage_seconds, strict=True))
-    perfect = mean["constant depth"] - spared
+    perfect = perfect_seconds(mean["constant depth"], [total / (count + 2) for total in stage_seconds], shares)
 
     print(f"\nA training step of {model}, batch {batch_size}, {count} steps")
     print(f"{'':32} {'s a step':>9} {'images/s':>9} {'ratio':>6} {'MiB':>7} {'ratio':>6}")
