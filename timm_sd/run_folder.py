@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
 
+import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import save_model
@@ -161,9 +162,14 @@ class RunFolder:
         try:
             yield
         except (OSError, RuntimeError, SafetensorError) as error:
-            if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
-                raise  # torch.save has no error of its own
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            if isinstance(error, torch.AcceleratorError | torch.OutOfMemoryError):
+                raise
+            if isinstance(error, OSError):
+                reason = error.strerror
+            elif isinstance(error, SafetensorError):
+                reason = str(error)
+            else:  # torch.save, which does not say
+                reason = "the disk may be full"
             raise UserError(
                 f"cannot write to {self.path} ({reason}): make room or choose another --output;"
                 " checkpoints that are there are whole, and --resume goes on from them"
