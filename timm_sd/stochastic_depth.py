@@ -135,6 +135,7 @@ class StochasticDepth(nn.Module):
     def _kept(self, x: Tensor) -> Tensor:
         return self._residual(x, 1.0)
 
+    @torch.compiler.disable(recursive=False)
     def _dropped(self, x: Tensor) -> Tensor:
         return _Dropped.apply(self.shortcut(x), *self.branch.parameters())
 
