@@ -87,11 +87,8 @@ class RunFolder:
                 return None, ""
 
         config = read_config(self.path)
-        there = config["options"]
-        if differing := _differences(
-            {name: value for name, value in there.items() if name not in FREE_OPTIONS},
-            {name: value for name, value in options.items() if name not in FREE_OPTIONS},
-        ):
+        bound = {name: value for name, value in options.items() if name not in FREE_OPTIONS}
+        if differing := _differences(config["options"], bound):
             raise UserError(f"{self.path} holds a run of another configuration ({differing}): choose another --output")
         differing = _differences(config["environments"][-1], environment)
         if differing:

@@ -238,6 +238,7 @@ class Run:
                     self.checkpoint()
 
         loss, errors, gradient = self.accelerator.reduce(self.sums).tolist()
+        progress.seconds = time.perf_counter() - started
         self.check_finite(loss)
         return dict(
             epoch=progress.epoch,
@@ -246,7 +247,7 @@ class Run:
             train_error=100 * errors / len(self.training_set),
             active_blocks=progress.active_blocks / self.steps,
             conv1_gradient=gradient / self.steps,
-            images_per_second=len(self.training_set) / (time.perf_counter() - started),
+            images_per_second=len(self.training_set) / progress.seconds,
         )
 
     def evaluate(self) -> dict[str, float]:
@@ -324,10 +325,10 @@ def train(options: Options) -> None:
             while run.progress.epoch <= options.epochs:
                 if signal := interruption.noted():
                     raise stopped(signal, run.progress)
-                started = time.perf_counter() - run.progress.seconds
                 figures = run.train_epoch(interruption)
+                started = time.perf_counter()
                 figures |= run.evaluate()
-                figures["seconds"] = time.perf_counter() - started
+                figures["seconds"] = run.progress.seconds + time.perf_counter() - started
                 run.end_epoch(figures)
         run.end()
     finally:
