@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from timm_sd import data
 
 
-def protocol_by_hand(options, learning, test, processes=1):
+def protocol_by_hand(options, learning, test, processes=1, rates=None):
     """Two epochs of cifar_resnet20_sd, with gates, Nesterov's momentum, weight decay and zero gradients written out.
 
+    The learning rate is the authors', or for each step that of `rates`.
     With several processes each batch falls into parts that are normalised on their own; the first one's running
     statistics are the network's. Returns the state dict and the figures after each epoch.
     """
@@ -30,11 +31,11 @@ def protocol_by_hand(options, learning, test, processes=1):
 
     step, history, states = 0, [], []
     for epoch in (1, 2):
-        lr = {1: 0.01, 2: 0.001}[epoch]
         losses, wrong, opened, conv1, steps = 0.0, 0, 0, 0.0, 0
         network.train()
         for images, labels in data.training_batches(train_set, options.batch_size, standardise, options.seed, epoch):
             gates = np.random.default_rng([options.seed, step]).random(9) < np.array([1 - b / 18 for b in range(1, 10)])
+            lr = rates[step] if rates else {1: 0.01, 2: 0.001}[epoch]
             step += 1
             steps += 1
             opened += gates.sum()

@@ -17,19 +17,24 @@ from timm_sd import StochasticDepth, data, stochastic_blocks, training
 from timm_sd.errors import UserError
 from timm_sd.evaluation import Evaluation
 from timm_sd.options import Options
-from timm_sd.training import learning_rate
+from timm_sd.training import one_cycle, stepwise
 
 
 def test_learning_rate_of_the_authors():
-    rates = [learning_rate(epoch, 500, 0.1) for epoch in range(1, 501)]
+    rates = [stepwise(epoch, 500, 0.1) for epoch in range(1, 501)]
     assert [rates.count(pytest.approx(rate)) for rate in (0.1, 0.01, 0.001)] == [249, 125, 126]
     assert rates[248:250] == [pytest.approx(0.1), pytest.approx(0.01)]
     assert rates[373:375] == [pytest.approx(0.01), pytest.approx(0.001)]
     assert rates == sorted(rates, reverse=True)
 
 
+def test_learning_rate_of_one_cycle():
+    rates = [one_cycle(step, 10, 0.9) for step in range(1, 11)]
+    assert rates == pytest.approx([0.45, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1])
+
+
 def test_learning_rate_in_proportion():
-    rates = [learning_rate(epoch, 10, 0.1) for epoch in range(1, 11)]
+    rates = [stepwise(epoch, 10, 0.1) for epoch in range(1, 11)]
     assert rates == pytest.approx([0.1] * 4 + [0.01] * 3 + [0.001] * 3)
 
 
@@ -39,19 +44,28 @@ def test_defaults_are_the_papers():
     assert (options.batch_size, options.lr, options.weight_decay) == (128, 0.1, 1e-4)
 
 
-def test_a_run_is_the_protocol(few_images, tmp_path):
+@pytest.mark.parametrize(
+    ("lr_schedule", "rates"),
+    [
+        # Of two epochs, the first is already at 50%: epoch 1 at 0.01 and epoch 2 at 0.001.
+        ("steps", None),
+        # Of six steps, the first is within the fifth that rises; from the peak down to 0 it is 5.8 steps.
+        ("one-cycle", [0.1 / 1.2, *(0.1 * left / 5.8 for left in (5, 4, 3, 2, 1))]),
+    ],
+)
+def test_a_run_is_the_protocol(few_images, tmp_path, lr_schedule, rates):
     options = Options(
         model="cifar_resnet20_sd",
         dataset="synthetic",
         epochs=2,
         batch_size=64,
         lr=0.1,
+        lr_schedule=lr_schedule,
         weight_decay=0.5,  # large enough to be seen after six steps
         output=tmp_path / "run",
     )
-    # Of two epochs, the first is already at 50%: epoch 1 at 0.01 and epoch 2 at 0.001.
     training.train(options)
-    states, history = protocol_by_hand(options, *data.load("synthetic", None, False))
+    states, history = protocol_by_hand(options, *data.load("synthetic", None, False), rates=rates)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 2
     for line, figures in zip(lines, history, strict=True):
@@ -196,6 +210,7 @@ def test_command(command, few_images, tmp_path):
         (["--epoch", "10"], "unrecognized arguments: --epoch 10"),
         (["--batch-size", "0"], "--batch-size 0: it must be at least 1"),
         (["--lr", "nan"], "--lr nan: it must be positive"),
+        (["--lr-schedule", "cosine"], "--lr-schedule cosine: it must be steps or one-cycle"),
         (["--weight-decay", "-1"], "--weight-decay -1.0: it must be at least 0"),
         (["--drop-path", "1"], "--drop-path 1.0: it must be in [0, 1)"),
         (["--seed", "-1"], "--seed -1: it must be in [0, 2^32)"),

@@ -10,13 +10,15 @@ from .errors import UserError
 
 MODELS = timm.list_models(module="cifar_resnet")
 DATASETS = ("cifar10", "cifar100", "synthetic")
+LR_SCHEDULES = ("steps", "one-cycle")
 
 
 @dataclass(frozen=True)
 class Options:
     """The options of a run. The defaults are the authors' protocol on CIFAR-10.
 
-    `batch_size` counts the images of a step over all processes. `drop_path` is 1 - p_L, None for the network's own.
+    `batch_size` counts the images of a step over all processes. `lr_schedule` is "steps", the authors', or "one-cycle",
+    for runs of a few epochs. `drop_path` is 1 - p_L, None for the network's own.
     `output` is the run's folder, None for one named after the model, the data set and the seed. `checkpoint_steps` asks
     for a checkpoint every so many steps of an epoch, beside the one at its end.
 
@@ -30,6 +32,7 @@ class Options:
     epochs: int = 500
     batch_size: int = 128
     lr: float = 0.1
+    lr_schedule: str = "steps"
     weight_decay: float = 1e-4
     drop_path: float | None = None
     seed: int = 0
@@ -47,6 +50,8 @@ class Options:
             raise UserError(f"--model {self.model}: there is no such network; there are {', '.join(MODELS)}")
         if self.dataset not in DATASETS:
             raise UserError(f"--dataset {self.dataset}: there is no such data set; there are {', '.join(DATASETS)}")
+        if self.lr_schedule not in LR_SCHEDULES:
+            raise UserError(f"--lr-schedule {self.lr_schedule}: it must be {' or '.join(LR_SCHEDULES)}")
         for flag, value, allowed, range_ in (
             ("--epochs", self.epochs, self.epochs >= 1, "at least 1"),
             ("--batch-size", self.batch_size, self.batch_size >= 1, "at least 1"),

@@ -36,13 +36,25 @@ from .stochastic_depth import draw_gates, stochastic_blocks, use_gates
 T = TypeVar("T")
 
 
-def learning_rate(epoch: int, epochs: int, initial: float) -> float:
-    """`initial`, divided by 10 from 50% of the epochs on and again from 75%; epochs count from 1.
+ONE_CYCLE_RISE = 0.2  # of all steps
 
-    Of 500, epoch 250 is the first at a tenth and epoch 375 the first at a hundredth.
+
+def stepwise(epoch: int, epochs: int, initial: float) -> float:
+    """The authors' learning rate: `initial`, a tenth of it from 50% of the epochs on and a hundredth from 75%.
+
+    Epochs count from 1: of 500, epoch 250 is the first at a tenth and epoch 375 the first at a hundredth.
     """
     drops = (epoch >= 0.5 * epochs) + (epoch >= 0.75 * epochs)
     return initial / 10**drops
+
+
+def one_cycle(step: int, steps: int, peak: float) -> float:
+    """A learning rate for runs of few epochs: in a line up to `peak` within a fifth of the steps, in a line down after.
+
+    Steps count from 1; the one after the last would have 0.
+    """
+    rise = ONE_CYCLE_RISE * steps
+    return peak * min(step / rise, (steps + 1 - step) / (steps + 1 - rise))
 
 
 def use_all_cores() -> None:
@@ -185,6 +197,13 @@ class Run:
             self.accelerator.num_processes,
         )
 
+    def learning_rate(self, step: int) -> float:
+        """Of a step of the epoch in hand, from 1."""
+        epoch, options = self.progress.epoch, self.options
+        if options.lr_schedule == "steps":
+            return stepwise(epoch, options.epochs, options.lr)
+        return one_cycle((epoch - 1) * self.steps + step, options.epochs * self.steps, options.lr)
+
     def step(self, images: Tensor, labels: Tensor, gates: Tensor, batch_size: int) -> None:
         """A step of SGD on this process's part of a batch of `batch_size` images."""
         processes = self.accelerator.num_processes
@@ -210,9 +229,6 @@ class Run:
         """
         progress, options = self.progress, self.options
         started = time.perf_counter() - progress.seconds
-        lr = learning_rate(progress.epoch, options.epochs, options.lr)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
         self.model.train()
         with tqdm(
             self.batches(),
@@ -226,6 +242,8 @@ class Run:
             for images, labels in batches:
                 gates = draw_gates(self.survival, options.seed, (progress.epoch - 1) * self.steps + progress.steps)
                 batch_size = min(options.batch_size, len(self.training_set) - progress.steps * options.batch_size)
+                for group in self.optimizer.param_groups:
+                    group["lr"] = self.learning_rate(progress.steps + 1)
                 self.step(images, labels, gates, batch_size)
                 progress.steps += 1
                 progress.active_blocks += int(gates.sum())
@@ -242,7 +260,7 @@ class Run:
         self.check_finite(loss)
         return dict(
             epoch=progress.epoch,
-            lr=lr,
+            lr=self.learning_rate(self.steps),
             train_loss=loss / len(self.training_set),
             train_error=100 * errors / len(self.training_set),
             active_blocks=progress.active_blocks / self.steps,

@@ -18,7 +18,10 @@ def parse_args() -> argparse.Namespace:
     run.add_argument("--download", action="store_true", help="fetch the CIFAR files into the data folder")
     run.add_argument("--epochs", type=int, default=defaults.epochs, help="passes over the training images")
     run.add_argument("--batch-size", type=int, default=defaults.batch_size, help="images a step, of all processes")
-    run.add_argument("--lr", type=float, default=defaults.lr, help="learning rate of the first half of the epochs")
+    run.add_argument("--lr", type=float, default=defaults.lr, help="the highest learning rate")
+    run.add_argument(
+        "--lr-schedule", default=defaults.lr_schedule, help="steps, the authors', or one-cycle for few epochs"
+    )
     run.add_argument("--weight-decay", type=float, default=defaults.weight_decay, help="on every parameter")
     run.add_argument("--drop-path", type=float, help="1 - p_L, in [0, 1); the network's own unless given")
     run.add_argument("--seed", type=int, default=defaults.seed, help="of everything random in the run")
