@@ -277,6 +277,7 @@ def test_the_run_explains_itself(few_images, tmp_path):
     (environment,) = config["environments"]
     assert environment["threads"] == torch.get_num_threads()
     assert (environment["processes"], environment["device"]) == (1, "cpu")
+    assert environment["processor"]
     assert environment["torch"] == torch.__version__
     assert environment["timm"] == timm.__version__
 

@@ -406,12 +406,23 @@ def environment(accelerator: Accelerator) -> dict[str, str | int | None]:
         processes=accelerator.num_processes,
         threads=torch.get_num_threads(),
         device=torch.cuda.get_device_name(accelerator.device) if cuda else accelerator.device.type,
+        processor=processor(),
         dynamo_backend=accelerator.state.dynamo_plugin.backend.value,
         git_commit=git_commit(),
         timm_sd=__version__,
         python=platform.python_version(),
         **{library.__name__: str(library.__version__) for library in (torch, torchvision, timm, accelerate)},
     )
+
+
+def processor() -> str:
+    """The CPU's name where the system tells it, its architecture elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def git_commit() -> str | None:
