@@ -125,7 +125,7 @@ def test_killed_at_any_moment_of_writing(whole, tmp_path, monkeypatch):
         for name in ("rmtree", "copyfile"):
             note_before(shutil, name)
         note_before(torch, "save")
-        note_before(run_folder, "save_model")
+        note_before(run_folder, "save_file")
         note_before(Path, "write_bytes")
         training.train(options_for(run, checkpoint_steps=2))
     assert end_of(run) == whole

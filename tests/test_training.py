@@ -1,5 +1,6 @@
 """The protocol step by step, and what the command line answers."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -79,6 +80,7 @@ def test_a_run_is_the_protocol(few_images, tmp_path, lr_schedule, rates):
     assert result["test_error"] == lines[best]["test_error"]
     assert result["validation_error"] == lines[best]["validation_error"]
     assert (result["best_epoch"], result["last_test_error"]) == (best + 1, lines[1]["test_error"])
+    assert result["sha256"] == hashlib.sha256((tmp_path / "run" / "model.safetensors").read_bytes()).hexdigest()
     assert result["seconds"] == pytest.approx(lines[0]["seconds"] + lines[1]["seconds"])
 
 
@@ -110,6 +112,8 @@ def test_saved_weights_are_the_best_by_validation(few_images, tmp_path, monkeypa
 
 
 def test_the_network_is_the_one_asked_for():
+    uniform = training.create_network(Options("cifar_resnet20", drop_path=0.2, drop_path_schedule="uniform"))
+    assert [block.survival for block in stochastic_blocks(uniform)] == [0.8] * 9
     network = training.create_network(Options("cifar_resnet20", "cifar100", drop_path=0.2))
     assert network.num_classes == 100
     assert network.pretrained_cfg["mean"] == (0.5071, 0.4865, 0.4409)
@@ -213,6 +217,7 @@ def test_command(command, few_images, tmp_path):
         (["--lr-schedule", "cosine"], "--lr-schedule cosine: it must be steps or one-cycle"),
         (["--weight-decay", "-1"], "--weight-decay -1.0: it must be at least 0"),
         (["--drop-path", "1"], "--drop-path 1.0: it must be in [0, 1)"),
+        (["--drop-path-schedule", "row"], "--drop-path-schedule row: it must be linear or uniform"),
         (["--seed", "-1"], "--seed -1: it must be in [0, 2^32)"),
         (["--checkpoint-steps", "0"], "--checkpoint-steps 0: it must be at least 1"),
         (["--keep-checkpoints", "0"], "--keep-checkpoints 0: it must be at least 1"),

@@ -7,6 +7,7 @@ from pathlib import Path
 import timm
 
 from .errors import UserError
+from .stochastic_depth import SCHEDULES
 
 MODELS = timm.list_models(module="cifar_resnet")
 DATASETS = ("cifar10", "cifar100", "synthetic")
@@ -18,7 +19,8 @@ class Options:
     """The options of a run. The defaults are the authors' protocol on CIFAR-10.
 
     `batch_size` counts the images of a step over all processes. `lr_schedule` is "steps", the authors', or "one-cycle",
-    for runs of a few epochs. `drop_path` is 1 - p_L, None for the network's own.
+    for runs of a few epochs. `drop_path` is 1 - p_L, None for the network's own, and `drop_path_schedule` how the
+    survival probabilities decay to p_L.
     `output` is the run's folder, None for one named after the model, the data set and the seed. `checkpoint_steps` asks
     for a checkpoint every so many steps of an epoch, beside the one at its end.
 
@@ -35,6 +37,7 @@ class Options:
     lr_schedule: str = "steps"
     weight_decay: float = 1e-4
     drop_path: float | None = None
+    drop_path_schedule: str = "linear"
     seed: int = 0
     sync_bn: bool = False
     grad_checkpointing: bool = False
@@ -50,8 +53,12 @@ class Options:
             raise UserError(f"--model {self.model}: there is no such network; there are {', '.join(MODELS)}")
         if self.dataset not in DATASETS:
             raise UserError(f"--dataset {self.dataset}: there is no such data set; there are {', '.join(DATASETS)}")
-        if self.lr_schedule not in LR_SCHEDULES:
-            raise UserError(f"--lr-schedule {self.lr_schedule}: it must be {' or '.join(LR_SCHEDULES)}")
+        for flag, value, choices in (
+            ("--lr-schedule", self.lr_schedule, LR_SCHEDULES),
+            ("--drop-path-schedule", self.drop_path_schedule, SCHEDULES),
+        ):
+            if value not in choices:
+                raise UserError(f"{flag} {value}: it must be {' or '.join(choices)}")
         for flag, value, allowed, range_ in (
             ("--epochs", self.epochs, self.epochs >= 1, "at least 1"),
             ("--batch-size", self.batch_size, self.batch_size >= 1, "at least 1"),

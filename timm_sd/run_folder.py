@@ -3,13 +3,14 @@
     config.json         the options, and the environments it ran in
     metrics.jsonl       a line of figures for each epoch
     model.safetensors   the weights of the lowest validation error
-    summary.json        the result, once the run is finished
+    summary.json        the result and the weights' SHA-256, once the run is finished
     checkpoints/        the last few states to go on from
 
 A checkpoint holds the whole truth of its moment, figures and best weights included. metrics.jsonl and model.safetensors
 lay it out for the reader, anew when a run is resumed, so they never tell of steps that were lost.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -22,7 +23,7 @@ from pickle import UnpicklingError
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
-from safetensors.torch import save_model
+from safetensors.torch import save_file
 from torch import nn
 
 from .errors import UserError
@@ -125,7 +126,9 @@ class RunFolder:
                 partial.mkdir(parents=True)
                 accelerator.save_state(partial)
                 if best is not None:
-                    save_model(best, partial / BEST_FILE, metadata={"format": "pt"})
+                    # safetensors refuses channels_last tensors.
+                    weights = {name: tensor.contiguous() for name, tensor in best.state_dict().items()}
+                    save_file(weights, partial / BEST_FILE)
                 elif progress.history:
                     shutil.copyfile(before / BEST_FILE, partial / BEST_FILE)
                 _write_json(partial / PROGRESS_FILE, asdict(progress))
@@ -150,9 +153,10 @@ class RunFolder:
             _write(self.weights, (checkpoint / BEST_FILE).read_bytes())
 
     def finish(self, summary: dict) -> None:
-        """Write the result of the run."""
+        """Write the result of the run, with the SHA-256 of its weights."""
         with self._writing():
-            _write_json(self.summary, summary)
+            sha256 = hashlib.sha256(self.weights.read_bytes()).hexdigest()
+            _write_json(self.summary, summary | {"sha256": sha256})
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

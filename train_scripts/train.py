@@ -24,6 +24,9 @@ def parse_args() -> argparse.Namespace:
     )
     run.add_argument("--weight-decay", type=float, default=defaults.weight_decay, help="on every parameter")
     run.add_argument("--drop-path", type=float, help="1 - p_L, in [0, 1); the network's own unless given")
+    run.add_argument(
+        "--drop-path-schedule", default=defaults.drop_path_schedule, help="linear, the paper's, or uniform"
+    )
     run.add_argument("--seed", type=int, default=defaults.seed, help="of everything random in the run")
     how = parser.add_argument_group("how it is computed")
     how.add_argument("--sync-bn", action="store_true", help="normalise over the batch, not each GPU's part of it")

@@ -17,7 +17,7 @@ from timm_sd.errors import UserError
 from timm_sd.evaluation import evaluate
 from timm_sd.options import DATASETS, Options
 from timm_sd.run_folder import RunFolder, read_config
-from timm_sd.training import use_all_cores
+from timm_sd.training import create_network, use_all_cores
 
 SPLITS = ("train", "validation", "test")
 
@@ -47,7 +47,7 @@ def load_network(options: Options, args: argparse.Namespace) -> nn.Module:
             return timm.create_model(options.tag, pretrained=True)
         except RuntimeError as error:
             raise UserError(f"{options.tag} has no weights in this package: give --checkpoint or --run") from error
-    network = timm.create_model(options.tag, drop_path_rate=options.drop_path)
+    network = create_network(options)
     file = args.checkpoint or RunFolder(args.run).weights
     try:
         network.load_state_dict(load_file(file))
@@ -75,11 +75,12 @@ def main() -> None:
         if args.run is not None:
             trained = read_config(args.run)["options"]
         else:
-            trained = dict(model=args.model, dataset="cifar10", seed=0, drop_path=None)
+            trained = dict(model=args.model, dataset="cifar10", seed=0, drop_path=None, drop_path_schedule="linear")
         options = Options(
             model=trained["model"],
             dataset=args.dataset or trained["dataset"],
             drop_path=trained["drop_path"],
+            drop_path_schedule=trained["drop_path_schedule"],
             seed=trained["seed"] if args.seed is None else args.seed,
         )
         use_all_cores()
