@@ -3,14 +3,23 @@
 import importlib.util
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
+from hub_server import Hub
 
-from timm_sd import data
-
+# huggingface_hub reads these when it is imported: its Hub is on loopback, where uploads go the LFS way.
+HUB = Hub()
+HF_HOME = tempfile.TemporaryDirectory()
+os.environ.update(HF_ENDPOINT=HUB.url, HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_PROGRESS_BARS="1", HF_HOME=HF_HOME.name)
+for name in ("HF_HUB_OFFLINE", "HF_HUB_CACHE", "HF_TOKEN", "HF_TOKEN_PATH", "HUGGING_FACE_HUB_TOKEN"):
+    os.environ.pop(name, None)
 # Runs are compared bit for bit and with computations on the CPU, also where there is a GPU.
 os.environ["ACCELERATE_USE_CPU"] = "1"
+
+from timm_sd import data  # noqa: E402
+
 SCRIPTS = Path(__file__).parents[1] / "train_scripts"
 
 
@@ -23,6 +32,13 @@ def take_few_images(monkeypatch):
         return learning[:200], test[:50]
 
     monkeypatch.setattr(data, "load", load_few)
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """An empty Hub."""
+    HUB.open(tmp_path / "hub")
+    return HUB
 
 
 @pytest.fixture

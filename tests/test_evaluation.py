@@ -97,7 +97,7 @@ def test_left_out_blocks(command, run, network):
             ["--run", "{run}", "--model", "cifar_resnet20"],
             "give --model with --pretrained or --checkpoint, and not with",
         ),
-        (["--pretrained", "--model", "cifar_resnet1202"], "cifar_resnet1202.cifar10 has no weights in this package"),
+        (["--pretrained", "--model", "cifar_resnet1202"], "cifar_resnet1202.cifar10 has no pretrained weights"),
         (["--run", "nowhere"], "nowhere holds no run: its config.json is missing or damaged"),
         (["--run", "{run}", "--split", "all"], "invalid choice: 'all'"),
         (["--run", "{run}", "--dataset", "mnist"], "--dataset mnist: there is no such data set"),

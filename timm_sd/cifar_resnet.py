@@ -10,11 +10,19 @@ from collections import OrderedDict
 import torch
 import torch.nn.functional as F
 from timm.layers import create_classifier, get_device_dtype, register_notrace_module
-from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models import (
+    PretrainedCfg,
+    build_model_with_cfg,
+    checkpoint_seq,
+    generate_default_cfgs,
+    register_model,
+    resolve_pretrained_cfg,
+)
 from timm.models._features import FeatureGetterNet, feature_take_indices
 from torch import Tensor, nn
 
 from .labels import CIFAR10_LABELS, CIFAR100_LABELS
+from .pretrained import WEIGHTS_FILE, check_architecture, check_source, source
 from .stochastic_depth import (
     MODES,
     SCHEDULES,
@@ -318,7 +326,7 @@ DEPTHS = (20, 32, 44, 56, 110, 1202)
 
 default_cfgs = generate_default_cfgs(
     {
-        f"cifar_resnet{depth}{suffix}.{dataset}": cfg
+        (tag := f"cifar_resnet{depth}{suffix}.{dataset}"): {**cfg, **source(tag)}
         for depth in DEPTHS
         for suffix in ("", "_sd")
         for dataset, cfg in DATASETS.items()
@@ -329,11 +337,23 @@ default_cfgs = generate_default_cfgs(
 def _register(name: str, description: str, **model_args) -> None:
     """Register a network with timm, as `register_model` on a function of that name does."""
 
-    def entrypoint(pretrained: bool = False, **kwargs) -> CifarResNet:
+    def entrypoint(
+        pretrained: bool = False,
+        pretrained_cfg: str | dict | PretrainedCfg | None = None,
+        pretrained_cfg_overlay: dict | None = None,
+        **kwargs,
+    ) -> CifarResNet:
+        # On the Hub, timm would look for a pickle where it finds no safetensors file, unless it has a name to look for.
+        overlay = {"hf_hub_filename": WEIGHTS_FILE, **(pretrained_cfg_overlay or {})}
+        if pretrained:
+            check_source(resolve_pretrained_cfg(name, pretrained_cfg, overlay))
         return build_model_with_cfg(
             CifarResNet,
             name,
             pretrained,
+            pretrained_cfg,
+            overlay,
+            pretrained_filter_fn=check_architecture,
             feature_cfg=dict(out_indices=(0, 1, 2), feature_cls=CifarFeatures, flatten_sequential=True),
             **{**model_args, **kwargs},
         )

@@ -16,6 +16,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 
 from .errors import UserError
 
+TRAINING_IMAGES = {"cifar10": 45_000, "cifar100": 45_000, "synthetic": 4_500}  # after the split
 MAX_SHIFT = 4
 VALIDATION_SHARE = 0.1
 SHAPES = (

@@ -185,6 +185,14 @@ def read_config(path: Path) -> dict:
         raise UserError(f"{path} holds no run: its config.json is missing or damaged") from error
 
 
+def read_summary(path: Path) -> dict:
+    """The summary.json of a run's folder. Raises UserError if there is none, so the run has not finished."""
+    try:
+        return json.loads((path / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} holds an unfinished run, without summary.json: train.py --resume ends it") from error
+
+
 def _differences(there: dict, here: dict) -> str:
     """In words, the entries of `here` that `there` has not."""
     return ", ".join(

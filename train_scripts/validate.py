@@ -7,8 +7,6 @@ from pathlib import Path
 import timm
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
 from timm_sd import data, stochastic_blocks
@@ -16,6 +14,7 @@ from timm_sd.command_line import Parser, one_line_errors
 from timm_sd.errors import UserError
 from timm_sd.evaluation import evaluate
 from timm_sd.options import DATASETS, Options
+from timm_sd.pretrained import load_weights
 from timm_sd.run_folder import RunFolder, read_config
 from timm_sd.training import create_network, use_all_cores
 
@@ -46,15 +45,9 @@ def load_network(options: Options, args: argparse.Namespace) -> nn.Module:
         try:
             return timm.create_model(options.tag, pretrained=True)
         except RuntimeError as error:
-            raise UserError(f"{options.tag} has no weights in this package: give --checkpoint or --run") from error
+            raise UserError(str(error)) from error
     network = create_network(options)
-    file = args.checkpoint or RunFolder(args.run).weights
-    try:
-        network.load_state_dict(load_file(file))
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{file} is no whole safetensors file ({error})") from error
-    except RuntimeError as error:
-        raise UserError(f"{file} has the weights of another network than {options.tag}") from error
+    load_weights(network, args.checkpoint or RunFolder(args.run).weights, options.tag)
     return network
 
 

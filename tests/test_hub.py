@@ -1,0 +1,454 @@
+"""Publishing to and loading from a Hub on loopback, with the real client and the real timm."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+import timm
+import torch
+from conftest import SCRIPTS, take_few_images
+from hub_server import git_oid
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError
+from safetensors.torch import load_file, save_file
+
+from timm_sd import training
+from timm_sd.options import Options
+from timm_sd.record import Record
+
+REPO = "ann/small-sd"
+FILES = {"README.md", "config.json", "curve.png", "metrics.jsonl", "model.safetensors", "summary.json"}
+TOKEN = "hf_token_of_ann"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a finished run."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        take_few_images(monkeypatch)
+        options = Options("cifar_resnet20_sd", "synthetic", epochs=2, batch_size=64, drop_path=0.4, output=folder)
+        training.train(options)
+    return folder
+
+
+@pytest.fixture
+def run(finished, tmp_path, monkeypatch):
+    """A copy of it, in the working directory; the user is ann."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    shutil.copytree(finished, "run")
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def publish(command, hub, run):
+    def publish(*args, repo_id=REPO):
+        return command("publish", "--run", run, "--repo-id", repo_id, *args)
+
+    return publish
+
+
+def logits_of(network):
+    return network.eval()(torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
+
+
+def logits_of_run(run):
+    """Without anything that publishing does."""
+    network = timm.create_model("cifar_resnet20_sd", drop_path_rate=0.4)
+    network.load_state_dict(load_file(run / "model.safetensors"))
+    return logits_of(network)
+
+
+def load(name, cache, **kwargs):
+    return timm.create_model(name, pretrained=True, cache_dir=cache, **kwargs)
+
+
+def content_of(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_publish_is_one_commit_of_the_whole_folder(publish, hub, run, tmp_path):
+    status, out, _ = publish()
+    assert status == 0
+    assert hub.commits(REPO)[0] == "initial commit"
+    assert len(hub.commits(REPO)) == 2
+    folder = content_of(run / "hub")
+    assert set(folder) == FILES
+    assert {path: hub.files(REPO)[path] for path in folder} == folder
+    assert f"{hub.url}/{REPO}/commit/{hub.resolve(REPO)[0]}" in out
+    assert content_of(tmp_path / "model_cards" / "small-sd") == {
+        path: content for path, content in folder.items() if path != "model.safetensors"
+    }
+    assert folder["model.safetensors"] == (run / "model.safetensors").read_bytes()
+    assert folder["metrics.jsonl"] == (run / "metrics.jsonl").read_bytes()
+    assert [line for line in hub.requests if line.endswith("/commit/main")] == [f"POST /api/models/{REPO}/commit/main"]
+
+
+def test_publishing_twice_makes_no_second_commit(publish, hub, run):
+    publish()
+    first = content_of(run / "hub")
+    status, *_ = publish()
+    assert status == 0
+    assert content_of(run / "hub") == first
+    assert len(hub.commits(REPO)) == 2
+
+
+def test_load_in_a_fresh_cache(publish, hub, run, tmp_path):
+    publish()
+    hub.requests.clear()
+    network = load(f"hf-hub:{REPO}", tmp_path / "cache")
+    assert torch.equal(logits_of(network), logits_of_run(run))
+    assert [block.survival for block in network.modules() if hasattr(block, "survival") and hasattr(block, "gate")] == (
+        pytest.approx([1 - b / 9 * 0.4 for b in range(1, 10)])
+    )
+    assert network.pretrained_cfg["label_names"][0] == "disc"
+    assert {line.split("/")[-1] for line in hub.requests} == {"config.json", "model.safetensors"}
+
+
+def test_a_loaded_network_adapts_as_any_of_timms(publish, run, tmp_path):
+    publish()
+    expected = logits_of_run(run)
+    name, cache = f"hf-hub:{REPO}", tmp_path / "cache"
+    torch.testing.assert_close(logits_of(load(name, cache, drop_path_rate=0.0)), expected, rtol=1e-4, atol=1e-4)
+    assert logits_of(load(name, cache, num_classes=3)).shape == (4, 3)
+    assert load(name, cache, in_chans=1).eval()(torch.randn(2, 1, 32, 32)).shape == (2, 10)
+    assert len(load(name, cache, features_only=True)(torch.randn(2, 3, 32, 32))) == 3
+    folder = f"local-dir:{run / 'hub'}"
+    assert torch.equal(logits_of(timm.create_model(folder, pretrained=True)), expected)
+
+
+def test_private(publish, hub, tmp_path, monkeypatch):
+    assert publish("--private")[0] == 0
+    load(f"hf-hub:{REPO}", tmp_path / "cache of ann")
+    monkeypatch.setenv("HF_TOKEN", "hf_token_of_bob")
+    with pytest.raises(RepositoryNotFoundError):
+        load(f"hf-hub:{REPO}", tmp_path / "cache of bob")
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(RepositoryNotFoundError):
+        load(f"hf-hub:{REPO}", tmp_path / "cache of nobody")
+
+
+def test_private_is_not_asked_in_vain(publish, hub):
+    hub.create(REPO)
+    status, _, err = publish("--private")
+    assert (status, err) == (
+        1,
+        f"publish.py: {REPO} is there and public: make it private on the Hub, or leave out --private\n",
+    )
+    assert hub.commits(REPO) == ["initial commit"]
+
+
+def test_revision(publish, hub, run, tmp_path):
+    for _ in range(2):  # the branch is created, then it is there
+        assert publish("--revision", "v1")[0] == 0
+    assert len(hub.commits(REPO, "v1")) == 2
+    assert hub.commits(REPO) == ["initial commit"]
+    assert torch.equal(logits_of(load(f"hf-hub:{REPO}@v1", tmp_path / "cache")), logits_of_run(run))
+    with pytest.raises(RemoteEntryNotFoundError):
+        load(f"hf-hub:{REPO}", tmp_path / "cache")
+
+
+def test_the_cache_when_the_server_is_gone(publish, hub, run, tmp_path):
+    publish()
+    load(f"hf-hub:{REPO}", tmp_path / "cache")
+    hub.stop()
+    try:
+        assert torch.equal(logits_of(load(f"hf-hub:{REPO}", tmp_path / "cache")), logits_of_run(run))
+    finally:
+        hub.start()
+
+
+def test_offline_mode(publish, hub, run, tmp_path):
+    """In a process of its own, for the client reads HF_HUB_OFFLINE when it is imported."""
+    publish()
+    load(f"hf-hub:{REPO}", tmp_path / "cache" / "hub")
+    hub.requests.clear()
+    code = f"""
+import timm, timm_sd, torch
+network = timm.create_model("hf-hub:{REPO}", pretrained=True).eval()
+print(network(torch.ones(1, 3, 32, 32)).argmax().item())
+"""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    network = load(f"local-dir:{run / 'hub'}", None).eval()
+    assert int(result.stdout) == network(torch.ones(1, 3, 32, 32)).argmax().item()
+    assert hub.requests == []
+
+
+def test_no_token(publish, hub, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    status, _, err = publish()
+    assert status == 1
+    assert err == "publish.py: there is no token for the Hub: log in with `hf auth login`, or set HF_TOKEN\n"
+    assert hub.requests == []
+
+
+def test_a_token_that_is_none(publish, hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_no_such_token")
+    status, _, err = publish()
+    assert status == 1
+    assert err.startswith("publish.py: the Hub does not accept the token: log in again")
+    assert err.count("\n") == 1
+    assert not hub.folder(REPO).exists()
+
+
+def test_the_namespace_of_another(publish, hub):
+    status, _, err = publish(repo_id="bob/small-sd")
+    assert (status, err) == (
+        1,
+        "publish.py: the token may not write to bob/small-sd: choose another --repo-id, or a token that may\n",
+    )
+    assert not hub.folder("bob/small-sd").exists()
+    hub.create("bob/small-sd")
+    assert publish(repo_id="bob/small-sd")[0] == 1
+    assert hub.commits("bob/small-sd") == ["initial commit"]
+
+
+def test_a_repository_that_is_not_there(hub, tmp_path):
+    with pytest.raises(RepositoryNotFoundError, match="ann/nothing"):
+        load("hf-hub:ann/nothing", tmp_path / "cache")
+
+
+@pytest.mark.parametrize("request_", [("POST", "/commit/"), ("PUT", "/lfs/"), ("POST", "objects/batch")])
+def test_an_error_in_mid_upload_and_a_retry(publish, hub, request_, tmp_path):
+    hub.faults[request_] = 501  # one that the client does not try again by itself
+    status, _, err = publish()
+    assert status == 1
+    assert err.startswith(f"publish.py: uploading to {REPO} failed, the Hub answered 501 (something broke): publish")
+    assert err.count("\n") == 1
+    assert hub.commits(REPO) == ["initial commit"]
+    assert not (tmp_path / "model_cards").exists()
+    assert publish()[0] == 0
+    assert len(hub.commits(REPO)) == 2
+    assert set(hub.files(REPO)) == FILES | {".gitattributes"}
+
+
+def test_the_client_repeats_a_part_by_itself(publish, hub):
+    hub.faults["PUT", "/lfs/"] = 503
+    assert publish()[0] == 0
+    assert len(hub.commits(REPO)) == 2
+
+
+def test_no_server(publish, hub, run):
+    hub.stop()
+    try:
+        status, _, err = publish()
+    finally:
+        hub.start()
+    assert status == 1
+    assert err.startswith(f"publish.py: uploading to {REPO} failed (")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+def test_a_truncated_download_is_no_network(publish, hub, run, tmp_path, file):
+    publish()
+    hub.faults["GET", file] = "short"
+    with pytest.raises(OSError, match=r"Consistency check failed"):
+        load(f"hf-hub:{REPO}", tmp_path / "cache")
+    assert torch.equal(logits_of(load(f"hf-hub:{REPO}", tmp_path / "cache")), logits_of_run(run))
+
+
+def test_a_connection_lost_goes_on_where_it_was(publish, hub, run, tmp_path):
+    publish()
+    hub.faults["GET", "model.safetensors"] = "cut"
+    assert torch.equal(logits_of(load(f"hf-hub:{REPO}", tmp_path / "cache")), logits_of_run(run))
+
+
+def test_weights_of_another_architecture(publish, hub, tmp_path):
+    publish()
+    for whose, network in (
+        ("a cifar_resnet32", timm.create_model("cifar_resnet32_sd")),
+        ("no cifar_resnet (there is a 'bn1.bias')", timm.create_model("resnet10t")),
+    ):
+        file = tmp_path / "other.safetensors"
+        save_file(network.state_dict(), file)
+        hub.commit(REPO, "main", {"model.safetensors": file.read_bytes()}, "other weights")
+        message = f"the weights are those of {whose}, not of a cifar_resnet20_sd"
+        for kwargs in ({}, {"num_classes": 3}):
+            with pytest.raises(RuntimeError, match=re.escape(message)):
+                load(f"hf-hub:{REPO}", tmp_path / "cache", **kwargs)
+
+
+def test_a_pickle_is_not_loaded(publish, hub, tmp_path):
+    publish()
+    torch.save(timm.create_model("cifar_resnet20_sd").state_dict(), tmp_path / "pytorch_model.bin")
+    hub.create("ann/pickled")
+    files = {
+        "config.json": hub.files(REPO)["config.json"],
+        "pytorch_model.bin": (tmp_path / "pytorch_model.bin").read_bytes(),
+    }
+    hub.commit("ann/pickled", "main", files, "pickled weights")
+    hub.requests.clear()
+    with pytest.raises(RemoteEntryNotFoundError):
+        load("hf-hub:ann/pickled", tmp_path / "cache")
+    assert not [line for line in hub.requests if "pytorch_model" in line]
+
+
+def test_dry_run(publish, hub, run, tmp_path):
+    status, out, _ = publish("--dry-run")
+    assert status == 0
+    assert set(content_of(run / "hub")) == FILES
+    for path, content in content_of(run / "hub").items():
+        assert re.search(rf"{len(content):,} bytes  .*hub/{re.escape(path)}\n", out)
+    assert hub.requests == []
+    assert not (tmp_path / "model_cards").exists()
+
+
+def test_without_a_repository(command, hub, run, tmp_path):
+    assert command("publish", "--run", run)[0] == 0
+    assert hub.requests == []
+    assert set(content_of(tmp_path / "model_cards" / "cifar_resnet20_sd.cifar10")) == FILES - {"model.safetensors"}
+
+
+@pytest.mark.parametrize("repo_id", ["small-sd", "ann/small/sd", "ann/small--sd", "ann/", "ann/sd.git"])
+def test_a_wrong_repo_id(publish, hub, run, repo_id):
+    status, _, err = publish(repo_id=repo_id)
+    assert status == 1
+    assert err.startswith(f"publish.py: --repo-id {repo_id}: ")
+    assert err.count("\n") == 1
+    assert not (run / "hub").exists()
+
+
+def tamper(run):
+    content = bytearray((run / "model.safetensors").read_bytes())
+    content[len(content) // 2] ^= 1
+    (run / "model.safetensors").write_bytes(content)
+
+
+def truncate(run):
+    content = (run / "model.safetensors").read_bytes()
+    (run / "model.safetensors").write_bytes(content[: len(content) // 2])
+
+
+def put_other_weights(run):
+    save_file(timm.create_model("cifar_resnet32_sd").state_dict(), run / "model.safetensors")
+
+
+def cut_metrics(run):
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    (run / "metrics.jsonl").write_text(lines[0] + "\n")
+
+
+@pytest.mark.parametrize(
+    ("break_", "message"),
+    [
+        (
+            tamper,
+            r"run/model.safetensors is not what the run ended with, by its SHA-256: train.py --resume restores it",
+        ),
+        (truncate, r"run/model.safetensors is no whole safetensors file \(.*\)"),
+        (put_other_weights, r"run/model.safetensors has the weights of another network than cifar_resnet20_sd.cifar10"),
+        (cut_metrics, r"run holds an unfinished run, 1 of 2 epochs: train.py --resume goes on with it"),
+        (lambda run: (run / "metrics.jsonl").write_text("{"), r"run/metrics.jsonl is damaged: .*"),
+        (lambda run: (run / "summary.json").unlink(), r"run holds an unfinished run, without summary.json: .*"),
+        (
+            lambda run: (run / "model.safetensors").unlink(),
+            r"run/model.safetensors is no whole safetensors file \(.*\)",
+        ),
+        (lambda run: (run / "config.json").unlink(), r"run holds no run: its config.json is missing or damaged"),
+    ],
+)
+def test_a_run_that_cannot_be_published(publish, hub, run, tmp_path, break_, message):
+    break_(run)
+    status, _, err = publish()
+    assert status == 1
+    assert re.fullmatch(f"publish.py: .*{message}\n", err), err
+    assert hub.requests == []
+    assert not [path for path in run.iterdir() if path.name.startswith("hub")]
+    assert not (tmp_path / "model_cards").exists()
+
+
+def test_a_full_disk_leaves_what_was_there(publish, hub, run, monkeypatch):
+    publish()
+    before = content_of(run / "hub")
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("timm_sd.figures.save", fail)
+    status, _, err = publish()
+    assert (status, err) == (
+        1,
+        f"publish.py: cannot write to {run} (No space left on device): make room and publish again\n",
+    )
+    assert content_of(run / "hub") == before
+    assert not (run / "hub.partial").exists()
+
+
+def test_the_token_is_nowhere(publish, hub, run, tmp_path):
+    said = [publish(), publish(repo_id="bob/small-sd")]
+    hub.faults["POST", "/commit/"] = 501
+    (run / "summary.json").write_text((run / "summary.json").read_text() + "\n")
+    said.append(publish())
+    assert [status for status, *_ in said] == [0, 1, 1]
+    assert not [text for _, *texts in said for text in texts if TOKEN in text]
+    assert not [path for path, content in content_of(tmp_path).items() if TOKEN.encode() in content]
+
+
+def test_the_card_says_what_the_run_says(publish, hub, run, tmp_path):
+    publish()
+    history = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    best = min(history, key=lambda line: line["validation_error"])
+    card = ModelCard.load(tmp_path / "model_cards" / "small-sd" / "README.md")
+    metadata = card.data.to_dict()
+    assert (metadata["library_name"], metadata["license"]) == ("timm", "apache-2.0")
+    assert {result.metric_type: result.metric_value for result in card.data.eval_results} == {
+        "error": pytest.approx(best["test_error"], abs=0.005),
+        "accuracy": pytest.approx(100 - best["test_error"], abs=0.005),
+    }
+    assert ModelCard(str(card)).data.to_dict() == metadata
+    text = card.text
+    assert f"**{best['test_error']:.2f}% test error on timm-sd's drawn shapes**" in text
+    assert "one run of 2 epochs, seed 0." in text
+    assert "`--epochs` 2 (the paper's: 500); `--batch-size` 64 (the paper's: 128); `--drop-path` 0.4" in text
+    assert f'timm.create_model("hf-hub:{REPO}", pretrained=True)' in text
+    assert (
+        "accelerate launch train_scripts/train.py --model cifar_resnet20_sd --dataset synthetic --epochs 2"
+        " --batch-size 64 --drop-path 0.4\n" in text
+    )
+    seconds = round(sum(line["seconds"] for line in history))
+    assert f"It took {time.strftime('%-H:%M:%S', time.gmtime(seconds))} in all" in text
+    (environment,) = json.loads((run / "config.json").read_text())["environments"]
+    columns = ("device", "processor", "processes", "threads", "timm_sd", "python", "torch", "torchvision", "timm")
+    assert " | ".join(str(environment[column]) for column in columns) in text
+    assert str(environment["git_commit"] or "") in text
+
+
+def test_the_card_of_the_papers_protocol(command, run, tmp_path):
+    """What a run of 500 epochs on CIFAR-10 would say, made up from this one."""
+    config = json.loads((run / "config.json").read_text())
+    config["options"] |= dict(dataset="cifar10", epochs=500, batch_size=128, drop_path=None)
+    (run / "config.json").write_text(json.dumps(config))
+    lines = [json.loads((run / "metrics.jsonl").read_text().splitlines()[0]) | {"epoch": e} for e in range(1, 501)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert command("publish", "--run", run)[0] == 0
+    card = ModelCard.load(run / "hub" / "README.md")
+    assert "This is the paper's protocol." in card.text
+    assert card.data.datasets == ["uoft-cs/cifar10"]
+    assert "accelerate launch train_scripts/train.py --model cifar_resnet20_sd\n" in card.text
+
+
+def test_a_published_folder_is_still_a_runs(publish, run):
+    publish()
+    published, record = Record.read(run / "hub"), Record.read(run)
+    assert (published.options, published.history) == (record.options, record.history)
+    assert published.command == record.command
+    text = (run / "hub" / "config.json").read_text()
+    assert str(run) not in text
+    assert "data_dir" not in text
+
+
+def test_the_server_compares_as_git_does():
+    assert git_oid(b"hello\n") == "ce013625030ba8dba906f756967f9e9ca394464a"
+
+
+def test_help_names_the_script():
+    out = subprocess.run([sys.executable, SCRIPTS / "publish.py", "--help"], capture_output=True, text=True, check=True)
+    assert "--dry-run" in out.stdout

@@ -1,0 +1,103 @@
+"""The card of a run's weights on the Hub: every figure in it comes from the run's own files."""
+
+from datetime import timedelta
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from . import paper, pretrained
+from .cifar_resnet import CifarResNet
+from .data import TRAINING_IMAGES, VALIDATION_SHARE
+from .options import Options
+from .record import Record
+
+TEMPLATE = Path(__file__).parent / "model_card.md.jinja"
+DATASETS = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "synthetic": "timm-sd's drawn shapes"}
+HUB_DATASETS = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
+SCHEDULES = {
+    "steps": "learning rate {lr:g}, a tenth of it from half of the epochs on and a hundredth from three quarters",
+    "one-cycle": "learning rate in a line up to {lr:g} within the first fifth of the steps, then in a line down to 0",
+}
+
+
+def deviations(record: Record) -> list[str]:
+    """What was asked for that is not the paper's protocol."""
+    paper_options, options = Options(), record.options
+    names = ("epochs", "batch_size", "lr", "lr_schedule", "weight_decay", "drop_path", "drop_path_schedule", "sync_bn")
+    return [
+        f"`--{name.replace('_', '-')}` {getattr(options, name)} (the paper's: {getattr(paper_options, name)})"
+        for name in names
+        if getattr(options, name) != getattr(paper_options, name)
+    ] + (["the data set, drawn shapes"] if options.dataset == "synthetic" else [])
+
+
+def model_card(record: Record, network: CifarResNet, name: str, repo_id: str | None, sha256: str) -> ModelCard:
+    """The card of what `record` tells and its network, called `name`, to be published as `repo_id` if that is given.
+
+    Its weights' SHA-256 tells whether they are also those of the package.
+    """
+    options, best = record.options, record.best
+    dataset, hub_dataset = DATASETS[options.dataset], HUB_DATASETS.get(options.dataset)
+    stochastic = record.survival[-1] < 1
+    published = paper.TEST_ERROR.get((options.model, options.dataset))
+    beside = f"the paper's {published}%" if published else "which the paper has no figure for"
+    result = dict(
+        task_type="image-classification",
+        task_name="Image Classification",
+        dataset_type=hub_dataset or options.dataset,
+        dataset_name=dataset,
+        dataset_split="test",
+    )
+    error = round(best["test_error"], 2)
+    return ModelCard.from_template(
+        ModelCardData(
+            library_name="timm",
+            license="apache-2.0",
+            pipeline_tag="image-classification",
+            tags=["image-classification", "timm", "timm-sd", "resnet", *(["stochastic-depth"] if stochastic else [])],
+            datasets=[hub_dataset] if hub_dataset else None,
+            metrics=["accuracy"],
+            model_name=name,
+            eval_results=[
+                EvalResult(metric_type="error", metric_name="Top-1 test error (%)", metric_value=error, **result),
+                EvalResult(
+                    metric_type="accuracy",
+                    metric_name="Top-1 accuracy (%)",
+                    metric_value=round(100 - error, 2),
+                    **result,
+                ),
+            ],
+        ),
+        template_path=str(TEMPLATE),
+        name=name,
+        summary=(
+            f"**{best['test_error']:.2f}% test error on {dataset}** at the best validation error, {beside}: one run of"
+            f" {options.epochs} epochs, seed {options.seed}."
+        ),
+        deviations=deviations(record),
+        options=options,
+        stochastic=stochastic,
+        parameters=sum(parameter.numel() for parameter in network.parameters()),
+        classes=network.num_classes,
+        repo_id=repo_id,
+        tag=options.tag,
+        packaged=pretrained.read_sha256s(pretrained.WEIGHTS).get(f"{options.tag}.safetensors") == sha256,
+        dataset=dataset,
+        hub_dataset=hub_dataset,
+        best=best,
+        last=record.last,
+        paper=f"{published}%" if published else "",
+        training_images=TRAINING_IMAGES[options.dataset],
+        validation_images=round(TRAINING_IMAGES[options.dataset] * VALIDATION_SHARE / (1 - VALIDATION_SHARE)),
+        schedule=SCHEDULES[options.lr_schedule].format(lr=options.lr),
+        survival=(
+            f"survival probabilities {options.drop_path_schedule}, p_L = {record.survival[-1]:g}"
+            if stochastic
+            else "no block is dropped"
+        ),
+        precision={"no": "float32", "bf16": "bfloat16 (autocast)"}[record.mixed_precision],
+        environments=record.environments,
+        command=record.command,
+        hours=str(timedelta(seconds=round(record.seconds))),
+        plain=options.model.removesuffix("_sd"),
+    )

@@ -1,0 +1,96 @@
+"""Where pretrained weights come from: safetensors files in this package, or on the Hub; never a pickle.
+
+A packaged file is `weights/NAME.TAG.safetensors`, and `weights/SHA256SUMS` has its hash, as `sha256sum` writes it.
+"""
+
+import hashlib
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.models import PretrainedCfg
+from torch import Tensor, nn
+
+from .errors import UserError
+
+WEIGHTS = Path(__file__).parent / "weights"
+HUB_NAMESPACE = "timm-sd"
+WEIGHTS_FILE = "model.safetensors"
+
+
+def read_sha256s(folder: Path) -> dict[str, str]:
+    """The names and SHA-256 of the files that `SHA256SUMS` in a folder lists."""
+    lines = (folder / "SHA256SUMS").read_text(encoding="utf-8").splitlines()
+    return {name: sha256 for sha256, name in map(str.split, lines)}
+
+
+def source(tag: str) -> dict[str, str]:
+    """timm's entries for the source of a network's weights, such as "cifar_resnet110_sd.cifar10"; {} without any."""
+    file = f"{tag}.safetensors"
+    if file not in read_sha256s(WEIGHTS):
+        return {}
+    return dict(file=str(WEIGHTS / file), hf_hub_id=f"{HUB_NAMESPACE}/{tag}")
+
+
+def packaged() -> list[str]:
+    """The names, with tags, of the networks whose weights come with the package."""
+    return sorted(file.removesuffix(".safetensors") for file in read_sha256s(WEIGHTS))
+
+
+def check_source(cfg: PretrainedCfg) -> None:
+    """Raise a RuntimeError unless weights of this configuration can be loaded, and are what they are said to be."""
+    name = f"{cfg.architecture}.{cfg.tag}" if cfg.tag else cfg.architecture
+    if cfg.source == "local-dir":
+        if not (Path(cfg.file) / WEIGHTS_FILE).is_file():
+            raise RuntimeError(f"{cfg.file} holds no {WEIGHTS_FILE}, and nothing else is loaded from a folder")
+    elif cfg.source != "hf-hub" and cfg.state_dict:
+        return
+    elif cfg.source != "hf-hub" and cfg.file:
+        check_file(Path(cfg.file))
+    elif cfg.hf_hub_id:
+        check_suffix(Path(cfg.hf_hub_filename))
+    elif cfg.url:
+        raise RuntimeError(f"{name}: {cfg.url} is not loaded, for a URL's weights are pickled: give a safetensors file")
+    else:
+        raise RuntimeError(f"{name} has no pretrained weights; these have: {', '.join(packaged()) or 'none'}")
+
+
+def check_suffix(file: Path) -> None:
+    """Raise a RuntimeError unless it is named as a safetensors file."""
+    if file.suffix != ".safetensors":
+        raise RuntimeError(f"{file} is not loaded: weights are safetensors files only")
+
+
+def check_file(file: Path) -> None:
+    """Raise a RuntimeError unless it is a safetensors file and, if it is of the package, has its recorded hash."""
+    check_suffix(file)
+    if not file.is_file():
+        raise RuntimeError(f"{file} is missing")
+    recorded = read_sha256s(WEIGHTS).get(file.name) if file.parent == WEIGHTS else None
+    if recorded and hashlib.sha256(file.read_bytes()).hexdigest() != recorded:
+        raise RuntimeError(f"{file} is damaged, its SHA-256 is not the recorded one: install timm-sd again")
+
+
+def check_architecture(state_dict: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
+    """timm's filter for weights it is about to load: raises a RuntimeError that says whose they are if not `network`'s.
+
+    The classifier is left to timm, which drops that of other classes.
+    """
+    own, found = ({key for key in keys if not key.startswith("fc.")} for keys in (network.state_dict(), state_dict))
+    if own - {"survival"} != found - {"survival"}:
+        blocks = sum(key.startswith("stages.") and key.endswith(".branch.conv1.weight") for key in found)
+        whose = (
+            f"a cifar_resnet{2 * blocks + 2}" if blocks else f"no cifar_resnet (there is a {min(found, default='')!r})"
+        )
+        raise RuntimeError(f"the weights are those of {whose}, not of a {network.pretrained_cfg['architecture']}")
+    return state_dict
+
+
+def load_weights(network: nn.Module, file: Path, name: str) -> None:
+    """Load a safetensors file. Raises UserError if it is none, or has not the weights of a network called `name`."""
+    try:
+        network.load_state_dict(load_file(file))
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file} is no whole safetensors file ({error})") from error
+    except RuntimeError as error:
+        raise UserError(f"{file} has the weights of another network than {name}") from error

@@ -1,0 +1,43 @@
+"""A finished run to the Hugging Face Hub: `python train_scripts/publish.py --run output/NAME --repo-id NAMESPACE/NAME`.
+
+Leaves the repository's folder in the run's, as `hub`, and a copy of all but its weights in model_cards/NAME.
+"""
+
+import argparse
+from pathlib import Path
+
+from timm_sd.command_line import Parser, one_line_errors
+from timm_sd.hub import check_repo_id, keep_card, make_folder, upload
+from timm_sd.record import Record
+
+
+def parse_args() -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add_argument("--run", type=Path, required=True, help="the run's folder")
+    parser.add_argument("--repo-id", help="NAMESPACE/NAME on the Hub; without it, nothing is uploaded")
+    parser.add_argument("--private", action="store_true", help="the repository is to be seen by its owners only")
+    parser.add_argument("--revision", help="the branch to commit to; main unless given")
+    parser.add_argument("--dry-run", action="store_true", help="make the folder alone: no upload, no copy")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    with one_line_errors("publish.py"):
+        if args.repo_id is not None:
+            check_repo_id(args.repo_id)
+        record = Record.read(args.run)
+        name = args.repo_id.split("/")[1] if args.repo_id else record.options.tag
+        folder = make_folder(args.run, name, args.repo_id)
+        for file in sorted(folder.iterdir()):
+            print(f"{file.stat().st_size:>12,} bytes  {file}")
+        if args.dry_run:
+            return
+        if args.repo_id is not None:
+            message = f"{name}: {record.best['test_error']:.2f}% test error after {record.options.epochs} epochs"
+            print(upload(folder, args.repo_id, args.private, args.revision, message))
+        keep_card(folder, Path("model_cards") / name)
+
+
+if __name__ == "__main__":
+    main()
