@@ -1,10 +1,11 @@
-"""The paper's CIFAR figures, drawn from runs: each function makes one of them of records, each list of which are runs
-that differ in their seed alone.
+"""The paper's CIFAR figures, drawn from the records of runs.
 
-Constant depth is blue and dashed and stochastic depth orange and solid, so they differ in grey and to the colour-blind.
+What is compared comes as groups: "constant depth" and "stochastic depth", or one of them, and for each the records of
+runs that differ in their seed alone. Several are drawn as their mean and a band from the lowest to the highest.
 """
 
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,148 +13,249 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
+from . import paper
+from .data import TRAINING_IMAGES
 from .errors import UserError
 from .record import Record
-from .stochastic_depth import draw_gates
+from .stochastic_depth import SCHEDULES, draw_gates
 
-STYLES = {
-    "constant depth": dict(color="#0072B2", linestyle="--", marker="s"),
-    "stochastic depth": dict(color="#D55E00", linestyle="-", marker="o"),
-}
-DROP = 0.5  # a learning rate below this share of the epoch's before has dropped
+CONSTANT, STOCHASTIC = "constant depth", "stochastic depth"
+Groups = dict[str, Sequence[Record]]
+
+# Told apart by hue to the colour-blind (Okabe and Ito's blue and vermilion) and by line and marker in grey.
+COLOURS = {CONSTANT: "#0072B2", STOCHASTIC: "#D55E00"}
+LINES = {CONSTANT: "--", STOCHASTIC: "-"}
+MARKERS = {CONSTANT: "s", STOCHASTIC: "o"}
+GREY = "0.4"
 
 
 def kind(record: Record) -> str:
-    """The key of `STYLES` for a run."""
-    return "constant depth" if record.survival[-1] == 1 else "stochastic depth"
+    """Whether a run is of constant or stochastic depth."""
+    return CONSTANT if min(record.survival) == 1 else STOCHASTIC
 
 
-def curves(records: Sequence[Record], figure: str) -> np.ndarray:
+def curves(records: Sequence[Record], name: str) -> np.ndarray:
     """One figure of every epoch of runs, of shape (runs, epochs)."""
-    return np.array([[line[figure] for line in record.history] for record in records])
+    return np.array([[line[name] for line in record.history] for record in records])
+
+
+def training_seconds(records: Sequence[Record]) -> float:
+    """Of an epoch without its evaluation, the median over epochs and runs."""
+    return float(np.median([TRAINING_IMAGES[r.options.dataset] / curves([r], "images_per_second") for r in records]))
 
 
 def save(figure: Figure, file: Path) -> None:
-    """Write a PNG or an SVG, the same bytes for the same figure."""
-    with mpl.rc_context({"svg.hashsalt": "timm-sd", "svg.fonttype": "none"}):
+    """Write a PNG or an SVG, the same bytes for the same figure and version of Matplotlib."""
+    with mpl.rc_context({"svg.hashsalt": "timm-sd"}):
         metadata = {"Software": None} if file.suffix == ".png" else {"Date": None, "Creator": None}
         figure.savefig(file, dpi=150, metadata=metadata)
 
 
-def _axes(ylabel: str, **subplots) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.subplots(**subplots)
+def _new_figure(columns: int = 1, width: float = 7) -> tuple[Figure, Axes | np.ndarray]:
+    figure = Figure(figsize=(width, 4.3), layout="constrained")
+    return figure, figure.subplots(1, columns)
+
+
+def _epochs(axes: Axes, label: str) -> None:
     axes.set_xlabel("epoch")
-    axes.set_ylabel(ylabel)
-    axes.grid(alpha=0.3)
+    axes.set_ylabel(label)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    return figure, axes
+    axes.grid(alpha=0.3)
 
 
-def _plot(axes: Axes, records: Sequence[Record], name: str, label: str, **style) -> None:
-    """Mean and, over several runs, the band from the lowest to the highest."""
+def _plain_log(axes: Axes) -> None:
+    """A logarithmic axis with numbers as they are spoken, between powers of ten too."""
+    axes.set_yscale("log")
+    for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def _draw(axes: Axes, group: str, records: Sequence[Record], name: str, **style) -> None:
     values = curves(records, name)
     epochs = np.arange(1, values.shape[1] + 1)
-    axes.plot(epochs, values.mean(0), label=label, **style)
+    axes.plot(epochs, values.mean(0), color=COLOURS[group], linestyle=LINES[group], **style)
     if len(values) > 1:
-        axes.fill_between(epochs, values.min(0), values.max(0), color=style["color"], alpha=0.2, linewidth=0)
-
-
-def learning_curves(groups: Sequence[Sequence[Record]]) -> Figure:
-    """Figure 3: test error (left) and training loss (right, logarithmic) by epoch."""
-    figure, axes = _axes("test error (%)")
-    losses = axes.twinx()
-    losses.set_yscale("log")
-    losses.set_ylabel("training loss (thin, cross-entropy)")
-    for records in groups:
-        style = dict(STYLES[kind(records[0])])
-        marker = style.pop("marker")
-        _plot(axes, records, "test_error", kind(records[0]), linewidth=1.8, **style)
-        _plot(losses, records, "train_loss", "", linewidth=0.9, alpha=0.7, **style)
-        for record in records:
-            best = record.best
-            axes.plot(best["epoch"], best["test_error"], marker, color=style["color"], markersize=7, zorder=3)
-    _label_best(axes, groups)
-    for epoch in learning_rate_drops(groups[0][0]):
-        axes.axvline(epoch, color="0.4", linewidth=0.8, linestyle=":")
-        axes.annotate(
-            "learning rate ÷ 10", (epoch, 1), (3, -3), xycoords=("data", "axes fraction"),
-            textcoords="offset points", rotation=90, va="top", fontsize=7, color="0.4",
-        )  # fmt: skip
-    axes.set_ylim(bottom=0)
-    axes.legend(loc="upper right")
-    return figure
-
-
-def _label_best(axes: Axes, groups: Sequence[Sequence[Record]]) -> None:
-    """The mean test error at the best validation error, the higher one's label above and the lower one's below."""
-    means = [np.mean([record.best["test_error"] for record in records]) for records in groups]
-    for records, mean in zip(groups, means, strict=True):
-        above = mean == max(means)
-        axes.annotate(
-            f"{mean:.2f}%",
-            (np.mean([record.best["epoch"] for record in records]), mean),
-            (0, 12 if above else -12),
-            textcoords="offset points",
-            ha="center",
-            va="bottom" if above else "top",
-            color=STYLES[kind(records[0])]["color"],
-            fontweight="bold",
-        )
+        axes.fill_between(epochs, values.min(0), values.max(0), color=COLOURS[group], alpha=0.2, linewidth=0)
 
 
 def learning_rate_drops(record: Record) -> list[int]:
-    """The epochs that are the first at a learning rate under half of the one before, in the authors' schedule."""
+    """The first epochs at a lower learning rate, under the authors' schedule; none under one that always changes."""
     if record.options.lr_schedule != "steps":
         return []
     rates = [line["lr"] for line in record.history]
-    return [first for first, (before, rate) in enumerate(pairwise(rates), start=2) if rate < DROP * before]
+    return [epoch for epoch, (before, rate) in enumerate(pairwise(rates), start=2) if rate < before]
 
 
-def gradients(groups: Sequence[Sequence[Record]]) -> Figure:
+def learning_curves(groups: Groups) -> Figure:
+    """Figure 3: test error (left) and training loss (right, logarithmic) by epoch.
+
+    Marked are the epochs of lowest validation error, a point a run, labelled with the mean of their test errors; dotted
+    lines are the epochs at which the learning rate drops.
+    """
+    figure, axes = _new_figure()
+    _epochs(axes, "test error (%)")
+    losses = axes.twinx()
+    losses.set_ylabel("training loss (cross-entropy)")
+    best = {group: [record.best for record in records] for group, records in groups.items()}
+    errors = {group: float(np.mean([line["test_error"] for line in lines])) for group, lines in best.items()}
+    for group, records in groups.items():
+        _draw(axes, group, records, "test_error", linewidth=2, label=f"test error, {group}")
+        _draw(losses, group, records, "train_loss", linewidth=0.9, label=f"training loss, {group}")
+        epochs = [line["epoch"] for line in best[group]]
+        points = [line["test_error"] for line in best[group]]
+        axes.plot(epochs, points, MARKERS[group], color=COLOURS[group], markersize=7, zorder=4)
+        higher = group == max(errors, key=errors.get)
+        axes.annotate(
+            f"{errors[group]:.2f}%",
+            (float(np.mean(epochs)), errors[group]),
+            (0, 10 if higher else -10),
+            textcoords="offset points",
+            ha="center",
+            va="bottom" if higher else "top",
+            color=COLOURS[group],
+            fontweight="bold",
+            bbox=dict(facecolor="white", edgecolor="none", alpha=0.8, pad=1),
+            zorder=5,
+        )
+    _plain_log(losses)
+    for index, epoch in enumerate(learning_rate_drops(next(iter(groups.values()))[0])):
+        axes.axvline(epoch, color=GREY, linewidth=1, linestyle=":", label=None if index else "learning rate ÷ 10")
+    # Of a long run, the first epochs would press all that is to be seen together.
+    seen = [curves(records, "test_error")[:, records[0].options.epochs // 20 :] for records in groups.values()]
+    axes.set_ylim(0, 1.1 * max(errors.max() for errors in seen))
+    axes.margins(x=0.06)
+    axes.set_zorder(losses.get_zorder() + 1)  # so that labels stand over both kinds of lines
+    axes.patch.set_visible(False)
+    figure.legend(loc="outside upper center", ncols=2, frameon=False)
+    return figure
+
+
+def gradients(groups: Groups) -> Figure:
     """Figure 7: mean absolute gradient of the first convolution, a mean over each epoch's steps."""
-    figure, axes = _axes("mean absolute gradient of the first convolution")
-    axes.set_yscale("log")
-    for records in groups:
-        style = dict(STYLES[kind(records[0])])
-        style.pop("marker")
-        _plot(axes, records, "conv1_gradient", kind(records[0]), **style)
+    figure, axes = _new_figure()
+    _epochs(axes, "mean absolute gradient of the first convolution")
+    for group, records in groups.items():
+        _draw(axes, group, records, "conv1_gradient", label=group)
+    _plain_log(axes)
     axes.legend()
     return figure
 
 
 def drawn_gates(record: Record) -> np.ndarray:
-    """Which gates were open in each step of each epoch of a run, of shape (epochs, steps, L), drawn again.
+    """Which gates were open in the steps of a run's epochs, of shape (epochs, steps, L), drawn again from its seed.
 
-    Raises UserError if they are not those that its log counted.
+    Raises UserError if they are not as many as its log counted.
     """
-    survival, epochs, steps = record.survival, record.options.epochs, record.steps
-    gates = [draw_gates(survival, record.options.seed, step).numpy() for step in range(epochs * steps)]
+    epochs, steps = record.options.epochs, record.steps
+    gates = [draw_gates(record.survival, record.options.seed, step).numpy() for step in range(epochs * steps)]
     gates = np.array(gates).reshape(epochs, steps, -1)
     if not np.allclose(gates.sum(2).mean(1), curves([record], "active_blocks")[0]):
-        raise UserError(f"{record.path}: its log's active_blocks are not those of its seed, so it is another run's")
+        raise UserError(f"{record.path}: metrics.jsonl is another run's, its active blocks are not those of the seed")
     return gates
 
 
 def survival(records: Sequence[Record]) -> Figure:
-    """Figure 2: survival probability by block, and how often each gate was open in each run."""
+    """Figure 2: survival probability by block, and in how many of each run's steps its gate was open."""
     expected = np.array(records[0].survival)
     blocks = np.arange(1, len(expected) + 1)
-    figure, axes = _axes("probability")
+    figure, axes = _new_figure()
     axes.set_xlabel("residual block b")
+    axes.set_ylabel("probability")
+    axes.grid(alpha=0.3)
     axes.plot(blocks, expected, color="0.2", label="survival probability $p_b$")
     active = []
-    for record in records:
+    for index, record in enumerate(records):
         gates = drawn_gates(record)
         active.append(gates.sum(2).mean())
-        axes.plot(blocks, gates.mean((0, 1)), "o", markersize=3.5, color=STYLES["stochastic depth"]["color"], alpha=0.7)
-    axes.plot(
-        [], [], "o", markersize=3.5, color=STYLES["stochastic depth"]["color"], label="share of steps it was open"
-    )
+        axes.plot(
+            blocks,
+            gates.mean((0, 1)),
+            MARKERS[STOCHASTIC],
+            color=COLOURS[STOCHASTIC],
+            markersize=3.5,
+            label=None if index else "share of the training steps in which its gate was open",
+        )
     axes.set_ylim(0, 1.05)
     axes.legend(
         loc="lower left",
-        title=f"active blocks of {len(expected)}: {expected.sum():.2f} expected, {np.mean(active):.2f} measured",
+        title=f"active of {len(expected)} blocks: {expected.sum():.2f} expected, {np.mean(active):.2f} measured",
     )
     return figure
+
+
+def times(groups: Groups) -> Figure:
+    """Seconds an epoch of both groups and of perfect skipping (left), and their ratio beside the published ones.
+
+    Perfect skipping is constant depth's time in the share of blocks that were active.
+    """
+    constant, stochastic = (training_seconds(groups[group]) for group in (CONSTANT, STOCHASTIC))
+    records = groups[STOCHASTIC]
+    share = curves(records, "active_blocks").mean() / len(records[0].survival)
+    images = TRAINING_IMAGES[records[0].options.dataset]
+    figure, (left, right) = _new_figure(2, width=10)
+    names = ("constant\ndepth", "stochastic\ndepth", "perfect\nskipping")
+    seconds = (constant, stochastic, share * constant)
+    bars = left.bar(names, seconds, color=(COLOURS[CONSTANT], COLOURS[STOCHASTIC], "0.75"), hatch=("//", "", ""))
+    left.bar_label(bars, [f"{value:.3g} s\n{images / value:.0f} images/s" for value in seconds], padding=3)
+    left.set_ylabel("training time of an epoch (s)")
+    left.margins(y=0.2)
+    ratios = {"these runs": (stochastic / constant, ""), "perfect skipping": (share, "")}
+    for who, (slow, fast) in paper.SECONDS.items():
+        ratios[who] = fast / slow, f" ({fast:g} s to {slow:g} s)"
+    bars = right.barh(list(ratios), [ratio for ratio, _ in ratios.values()], color=(COLOURS[STOCHASTIC], *["0.75"] * 3))
+    labels = [f"{ratio:.3f}{seconds}" for ratio, seconds in ratios.values()]
+    right.bar_label(bars, labels, label_type="center")
+    right.invert_yaxis()
+    right.set_xlim(0, 1)
+    right.set_xlabel("time of stochastic depth, constant depth being 1")
+    return figure
+
+
+def sweep(records: Sequence[Record]) -> Figure:
+    """Figure 8: test error at the best validation error against p_L for both schedules, and against depth.
+
+    The left is of the depth that has the most runs; the right of constant depth and of linear decay to p_L = 0.5.
+    """
+    figure, (left, right) = _new_figure(2, width=10)
+    depths = Counter(record.depth for record in records)
+    depth = max(depths, key=lambda depth: (depths[depth], depth))
+    constant = [record for record in records if kind(record) == CONSTANT]
+    linear, uniform = (
+        [r for r in records if kind(r) == STOCHASTIC and r.options.drop_path_schedule == name] for name in SCHEDULES
+    )
+    for group, name, colour, style in (
+        (constant, CONSTANT, COLOURS[CONSTANT], dict(linestyle="none", marker="s")),
+        (linear, "linear decay", COLOURS[STOCHASTIC], dict(linestyle="-", marker="o")),
+        (uniform, "uniform", "#009E73", dict(linestyle=":", marker="^")),
+    ):
+        at_depth = [record for record in group if record.depth == depth]
+        _draw_errors(left, at_depth, lambda record: record.survival[-1], name, colour, **style)
+    left.set_xlabel(f"$p_L$, survival probability of the last block ({depth} layers)")
+    halved = [record for record in linear if record.survival[-1] == 0.5]
+    for group, name, kind_ in ((constant, CONSTANT, CONSTANT), (halved, "linear decay, $p_L$ = 0.5", STOCHASTIC)):
+        style = dict(linestyle=LINES[kind_], marker=MARKERS[kind_])
+        _draw_errors(right, group, lambda record: record.depth, name, COLOURS[kind_], **style)
+    right.set_xlabel("layers")
+    for axes in (left, right):
+        axes.set_ylabel("test error (%)")
+        axes.grid(alpha=0.3)
+        if axes.has_data():
+            axes.legend()
+    return figure
+
+
+def _draw_errors(
+    axes: Axes, records: Sequence[Record], position: Callable[[Record], float], label: str, colour: str, **style: str
+) -> None:
+    """Mean test errors by `position`, and over several runs bars from the lowest to the highest."""
+    errors = defaultdict(list)
+    for record in records:
+        errors[position(record)].append(record.best["test_error"])
+    places = sorted(errors)
+    if places:
+        means = [np.mean(errors[place]) for place in places]
+        below = [mean - min(errors[place]) for place, mean in zip(places, means, strict=True)]
+        above = [max(errors[place]) - mean for place, mean in zip(places, means, strict=True)]
+        axes.errorbar(places, means, (below, above), color=colour, capsize=3, label=label, **style)

@@ -58,7 +58,7 @@ def make_folder(run: Path, name: str, repo_id: str | None = None) -> Path:
         )
         for file in (files.metrics, files.summary):
             shutil.copyfile(file, partial / file.name)
-        figures.save(figures.learning_curves([[record]]), partial / "curve.png")
+        figures.save(figures.learning_curves({figures.kind(record): [record]}), partial / "curve.png")
         model_card(record, network, name, repo_id, summary["sha256"]).save(partial / "README.md")
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)

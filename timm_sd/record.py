@@ -7,11 +7,12 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 
+import timm
+
 from .data import TRAINING_IMAGES
 from .errors import UserError
 from .options import Options
 from .run_folder import FREE_OPTIONS, Progress, RunFolder, read_config
-from .training import create_network
 
 BOUND_OPTIONS = [field.name for field in fields(Options) if field.name not in FREE_OPTIONS]
 
@@ -81,7 +82,19 @@ class Record:
     @cached_property
     def survival(self) -> list[float]:
         """The survival probabilities p_1..p_L."""
-        return create_network(self.options).survival_probabilities
+        options = self.options
+        network = timm.create_model(
+            options.tag,
+            drop_path_rate=options.drop_path,
+            drop_path_schedule=options.drop_path_schedule,
+            device="meta",
+        )
+        return network.survival_probabilities
+
+    @property
+    def depth(self) -> int:
+        """The network's layers with weights, 2L + 2."""
+        return 2 * len(self.survival) + 2
 
     @property
     def command(self) -> str:

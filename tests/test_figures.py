@@ -1,0 +1,265 @@
+"""Figures and the page of results, drawn from small made-up logs: what they show is what the logs say."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from timm_sd import figures, results
+from timm_sd.errors import UserError
+from timm_sd.figures import CONSTANT, STOCHASTIC
+from timm_sd.record import Record
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = dict(
+    processes=1, threads=2, device="cpu", dynamo_backend="NO", processor="a processor", git_commit="c0ffee",
+    timm_sd="0.1.0", python="3.11.7", torch="2.15", torchvision="0.29", timm="1.0.31", accelerate="1.15",
+)  # fmt: skip
+EPOCHS = 8
+STEPS = 9  # of 4,500 images in batches of 500
+
+
+@pytest.fixture
+def made_up(tmp_path, monkeypatch):
+    """Write the folder of a run of 20 layers on the drawn shapes, whose figures are lines in the epoch and the seed."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(name, model="cifar_resnet20_sd", seed=0, test_error=20.0, images_per_second=100.0, **changes):
+        stochastic = model.endswith("_sd")
+        options = dict(
+            model=model, dataset="synthetic", epochs=EPOCHS, batch_size=500, lr=0.1, lr_schedule="steps",
+            weight_decay=1e-4, drop_path=None, drop_path_schedule="linear", seed=seed, mixed_precision="no",
+            output=name, resume=False,
+        ) | {key: value for key, value in changes.items() if key != "environment"}  # fmt: skip
+        p_last = 1 - (options["drop_path"] if options["drop_path"] is not None else 0.5 * stochastic)
+        blocks = 9 if "20" in model else 15
+        survival = np.array([1 - b / blocks * (1 - p_last) for b in range(1, blocks + 1)])
+        if options["drop_path_schedule"] == "uniform":
+            survival[:] = p_last
+        lines = []
+        for epoch in range(1, EPOCHS + 1):
+            first = (epoch - 1) * STEPS
+            gates = [np.random.default_rng([seed, first + step]).random(blocks) < survival for step in range(STEPS)]
+            lines.append(
+                dict(
+                    epoch=epoch,
+                    lr=0.1 / 10 ** ((epoch >= 4) + (epoch >= 6)),
+                    train_loss=2.0 / epoch,
+                    train_error=50.0 - epoch,
+                    active_blocks=float(np.mean([gate.sum() for gate in gates])),
+                    conv1_gradient=(0.02 if stochastic else 0.01) / epoch,
+                    images_per_second=images_per_second,
+                    validation_error=30.0 - epoch if epoch < EPOCHS else 29.0,  # the last but one is the best
+                    test_error=test_error + (EPOCHS - 1 - epoch) if epoch < EPOCHS else test_error + 5,
+                    seconds=60.0,
+                )
+            )
+        folder = Path(name)
+        folder.mkdir()
+        environment = ENVIRONMENT | changes.get("environment", {})
+        (folder / "config.json").write_text(json.dumps({"options": options, "environments": [environment]}))
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return Record.read(folder)
+
+    return write
+
+
+@pytest.fixture
+def pair(made_up):
+    made_up("constant", "cifar_resnet20", test_error=12.0, images_per_second=75.0)
+    made_up("one", seed=1, test_error=10.0)
+    made_up("two", seed=2, test_error=14.0)
+    return results.compare([Record.read(Path(name)) for name in ("one", "constant", "two")])
+
+
+def line(axes, label):
+    """The points of a labelled line."""
+    (found,) = (line for line in axes.lines if line.get_label() == label)
+    return np.asarray(found.get_xydata(), dtype=float)
+
+
+def test_runs_fall_into_two_groups(pair):
+    assert {group: [record.path.name for record in records] for group, records in pair.items()} == {
+        CONSTANT: ["constant"],
+        STOCHASTIC: ["one", "two"],
+    }
+
+
+def test_figure_3(pair):
+    figure = figures.learning_curves(pair)
+    errors, losses = figure.axes
+    epochs = np.arange(1, 9)
+    # Seeds of 10 and 14 at the best epoch are 12 in the mean, as is the constant one.
+    falling = np.array([18, 17, 16, 15, 14, 13, 12, 17])
+    for group in (CONSTANT, STOCHASTIC):
+        assert np.array_equal(line(errors, f"test error, {group}"), np.column_stack([epochs, falling]))
+        assert np.allclose(line(losses, f"training loss, {group}"), np.column_stack([epochs, 2 / epochs]))
+    assert losses.get_yscale() == "log"
+    (band,) = errors.collections
+    vertices = band.get_paths()[0].vertices
+    assert {tuple(point) for point in vertices[vertices[:, 0] == 7]} == {(7, 10), (7, 14)}
+    points = {
+        tuple(map(float, point)) for drawn in errors.lines if drawn.get_marker() in "so" for point in drawn.get_xydata()
+    }
+    assert points == {(7, 12), (7, 10), (7, 14)}
+    assert [text.get_text() for text in errors.texts] == ["12.00%", "12.00%"]
+    assert [drawn.get_xdata()[0] for drawn in errors.lines if drawn.get_linestyle() == ":"] == [4, 6]
+    assert (errors.get_ylabel(), losses.get_ylabel()) == ("test error (%)", "training loss (cross-entropy)")
+
+
+def test_the_learning_rate_drops_of_the_schedule(made_up):
+    assert figures.learning_rate_drops(made_up("steps")) == [4, 6]
+    assert figures.learning_rate_drops(made_up("cycle", lr_schedule="one-cycle")) == []
+
+
+def test_figure_2(pair):
+    (axes,) = figures.survival(pair[STOCHASTIC]).axes
+    blocks = np.arange(1, 10)
+    assert np.allclose(line(axes, "survival probability $p_b$"), np.column_stack([blocks, 1 - blocks / 18]))
+    shares = [np.asarray(drawn.get_ydata()) for drawn in axes.lines if drawn.get_marker() == "o"]
+    for seed, share in zip((1, 2), shares, strict=True):
+        drawn = [np.random.default_rng([seed, step]).random(9) < 1 - blocks / 18 for step in range(EPOCHS * STEPS)]
+        assert np.allclose(share, np.mean(drawn, axis=0))
+    measured = np.mean([share.sum() for share in shares])
+    assert axes.get_legend().get_title().get_text() == f"active of 9 blocks: 6.50 expected, {measured:.2f} measured"
+
+
+def test_figure_7(pair):
+    (axes,) = figures.gradients(pair).axes
+    epochs = np.arange(1, 9)
+    assert np.allclose(line(axes, CONSTANT), np.column_stack([epochs, 0.01 / epochs]))
+    assert np.allclose(line(axes, STOCHASTIC), np.column_stack([epochs, 0.02 / epochs]))
+    assert axes.get_yscale() == "log"
+
+
+def test_figure_of_time(pair):
+    left, right = figures.times(pair).axes
+    active = np.mean([[entry["active_blocks"] for entry in record.history] for record in pair[STOCHASTIC]])
+    seconds = [bar.get_height() for bar in left.patches]
+    assert seconds == pytest.approx([4500 / 75, 4500 / 100, 4500 / 75 * active / 9])
+    assert [text.get_text() for text in left.texts][:2] == ["60 s\n75 images/s", "45 s\n100 images/s"]
+    ratios = [bar.get_width() for bar in right.patches]
+    assert ratios == pytest.approx([0.75, active / 9, 60 / 75, 2606 / 3468], rel=1e-3)
+    assert [text.get_text() for text in right.texts][2] == "0.800 (60 s to 75 s)"
+
+
+def test_figure_8(made_up):
+    records = [
+        made_up("constant", "cifar_resnet20", test_error=9.0),
+        made_up("deep", "cifar_resnet32_sd", test_error=7.0),
+    ]
+    for schedule, offset in (("linear", 0), ("uniform", 2)):
+        for p in (0.2, 0.5, 0.8):
+            records.append(
+                made_up(
+                    f"{schedule}{p}",
+                    drop_path=round(1 - p, 1),
+                    drop_path_schedule=schedule,
+                    test_error=20 - 10 * p + offset,
+                )
+            )
+    records.append(made_up("again", seed=1, drop_path=0.5, test_error=17.0))
+    left, right = figures.sweep(records).axes
+    drawn = {container.get_label(): container for container in left.containers}
+    assert set(drawn) == {CONSTANT, "linear decay", "uniform"}
+    points = {label: np.asarray(c.lines[0].get_xydata(), dtype=float) for label, c in drawn.items()}
+    assert np.allclose(points[CONSTANT], [[1, 9]])
+    assert np.allclose(points["linear decay"], [[0.2, 18], [0.5, 16], [0.8, 12]])
+    assert np.allclose(points["uniform"], [[0.2, 20], [0.5, 17], [0.8, 14]])
+    (bars,) = drawn["linear decay"].lines[2]
+    assert np.allclose(bars.get_segments()[1], [[0.5, 15], [0.5, 17]])
+    depths = {c.get_label(): np.asarray(c.lines[0].get_xydata(), dtype=float) for c in right.containers}
+    assert np.allclose(depths[CONSTANT], [[20, 9]])
+    assert np.allclose(depths["linear decay, $p_L$ = 0.5"], [[20, 16], [32, 7]])
+
+
+def test_one_command_draws_it_all(command, pair, made_up, tmp_path):
+    made_up("other", drop_path=0.2)
+    arguments = ("--runs", "constant", "one", "two", "--sweep", "other", "constant", "--out", "out")
+    status, out, _ = command("figures", *arguments)
+    assert status == 0
+    names = {
+        f"{name}.{suffix}" for name in ("figure2", "figure3", "figure7", "figure8", "time") for suffix in ("png", "svg")
+    }
+    files = {path.name: path.read_bytes() for path in Path("out").iterdir()}
+    assert set(files) == names | {"results.md"}
+    assert set(out.split()) == {f"out/{name}" for name in files}
+    assert all(files[name].startswith(b"\x89PNG") for name in names if name.endswith("png"))
+    command("figures", *arguments)
+    assert {path.name: path.read_bytes() for path in Path("out").iterdir()} == files
+
+
+def test_the_page(command, pair):
+    assert command("figures", "--runs", "one", "two", "constant", "--out", "out")[0] == 0
+    text = Path("out/results.md").read_text()
+    assert "python train_scripts/figures.py --runs one two constant --out out" in text
+    assert "| `cifar_resnet20.cifar10` | 0 | 8 | **12.00%** (epoch 7) | 17.00% |  | 0:08:00 | cpu (a proc" in text
+    assert "| `cifar_resnet20_sd.cifar10` | 2 | 8 | **14.00%** (epoch 7) | 19.00% |" in text
+    assert "These runs are of 8 epochs where the paper's are of 500." in text
+    assert text.count("too short") + text.count("Too short") == 2
+    assert "Here 12.00% to 12.00%" in text
+    assert "Here 45 s to 60 s an epoch, evaluation aside (medians): a ratio of 0.750" in text
+    assert "0.0025 to 0.00125 in the last: larger there" in text
+
+
+def test_one_kind_alone(command, made_up):
+    made_up("constant", "cifar_resnet20")
+    status, out, _ = command("figures", "--runs", "constant", "--out", "out")
+    assert status == 0
+    assert "no figure of time: that takes runs of constant depth and stochastic depth on one machine" in out
+    assert {path.stem for path in Path("out").iterdir()} == {"figure3", "figure7", "results"}
+
+
+def test_times_of_two_machines_are_not_compared(command, made_up):
+    made_up("constant", "cifar_resnet20")
+    made_up("stochastic", environment={"processor": "another"})
+    _, out, _ = command("figures", "--runs", "constant", "stochastic", "--out", "out")
+    assert "no figure of time" in out
+    assert not Path("out/time.png").exists()
+    assert "times cannot be compared" in Path("out/results.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(epochs=EPOCHS + 1), r"b holds an unfinished run, 8 of 9 epochs: train.py --resume goes on with it"),
+        (dict(batch_size=250), r"a and b are not to be mixed, they differ in batch_size \(500, 250\): draw them apart"),
+        (dict(drop_path=0.2, seed=1), r"a and b are not to be mixed, they differ in drop_path \(None, 0.2\): .*"),
+        (dict(model="cifar_resnet32_sd", seed=1), r"a and b are not to be mixed, they differ in model .*"),
+        (dict(model="cifar_resnet32"), r"these runs are of different depths \(20, 32\): draw them apart"),
+        (
+            dict(mixed_precision="bf16", seed=1),
+            r"a and b are not to be mixed, they differ in mixed_precision \(no, bf16\): .*",
+        ),
+        (dict(), r"a and b are the same run, of seed 0"),
+    ],
+)
+def test_what_does_not_belong_together_is_named(command, made_up, changes, message):
+    made_up("a")
+    try:
+        made_up("b", **changes)
+    except UserError:  # the unfinished one, which the command meets too
+        assert "epochs" in changes
+    status, _, err = command("figures", "--runs", "a", "b", "--out", "out")
+    assert status == 1
+    assert re.fullmatch(f"figures.py: {message}\n", err), err
+    assert not Path("out").exists()
+
+
+def test_a_log_of_another_run_is_noticed(command, made_up):
+    made_up("a")
+    made_up("b", seed=1)
+    shutil.copy("a/metrics.jsonl", "b/metrics.jsonl")
+    status, _, err = command("figures", "--runs", "b", "--out", "out")
+    assert (status, err) == (
+        1,
+        "figures.py: b: metrics.jsonl is another run's, its active blocks are not those of the seed\n",
+    )
+
+
+def test_a_folder_without_a_run(command, tmp_path):
+    status, _, err = command("figures", "--runs", tmp_path, "--out", tmp_path / "out")
+    assert (status, err) == (1, f"figures.py: {tmp_path} holds no run: its config.json is missing or damaged\n")

@@ -1,0 +1,53 @@
+"""The paper's CIFAR figures and a page of results, from the logs of runs:
+`python train_scripts/figures.py --runs output/ONE output/OTHER --out results`.
+"""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+from timm_sd import figures, results
+from timm_sd.command_line import Parser, one_line_errors
+from timm_sd.errors import UserError
+from timm_sd.figures import CONSTANT, STOCHASTIC
+from timm_sd.record import Record
+
+
+def parse_args() -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add_argument("--runs", type=Path, nargs="+", required=True, help="folders of runs to compare")
+    parser.add_argument("--sweep", type=Path, nargs="+", default=[], help="folders of runs over p_L, schedule, depth")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the figures and results.md")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    with one_line_errors("figures.py"):
+        groups = results.compare([Record.read(path) for path in args.runs])
+        drawn = {"figure3": figures.learning_curves(groups), "figure7": figures.gradients(groups)}
+        if STOCHASTIC in groups:
+            drawn["figure2"] = figures.survival(groups[STOCHASTIC])
+        if results.same_machine(groups):
+            drawn["time"] = figures.times(groups)
+        else:
+            print(f"no figure of time: that takes runs of {CONSTANT} and {STOCHASTIC} on one machine")
+        if args.sweep:
+            sweep = [Record.read(path) for path in args.sweep]
+            results.check_alike(sweep, but=("model", "seed", "drop_path", "drop_path_schedule"))
+            drawn["figure8"] = figures.sweep(sweep)
+        command = shlex.join(["python", "train_scripts/figures.py", *sys.argv[1:]])
+        try:
+            args.out.mkdir(parents=True, exist_ok=True)
+            for name, figure in drawn.items():
+                for suffix in ("png", "svg"):
+                    figures.save(figure, args.out / f"{name}.{suffix}")
+            (args.out / "results.md").write_text(results.page(groups, command), encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"cannot write to {args.out} ({error.strerror}): choose another --out") from error
+        print(*sorted(str(file) for file in args.out.iterdir()), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
