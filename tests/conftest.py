@@ -12,7 +12,13 @@ from hub_server import Hub
 # huggingface_hub reads these when it is imported: its Hub is on loopback, where uploads go the LFS way.
 HUB = Hub()
 HF_HOME = tempfile.TemporaryDirectory()
-os.environ.update(HF_ENDPOINT=HUB.url, HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_PROGRESS_BARS="1", HF_HOME=HF_HOME.name)
+os.environ.update(
+    HF_ENDPOINT=HUB.url,
+    HF_HUB_DISABLE_XET="1",
+    HF_HUB_DISABLE_PROGRESS_BARS="1",
+    HF_HOME=HF_HOME.name,
+    NO_PROXY="127.0.0.1",
+)
 for name in ("HF_HUB_OFFLINE", "HF_HUB_CACHE", "HF_TOKEN", "HF_TOKEN_PATH", "HUGGING_FACE_HUB_TOKEN"):
     os.environ.pop(name, None)
 # Runs are compared bit for bit and with computations on the CPU, also where there is a GPU.

@@ -95,7 +95,7 @@ class Hub:
         """The commit that a branch or a commit's own name stands for, and its files."""
         folder = self.folder(repo)
         ref = folder / "refs" / revision
-        oid = ref.read_text() if ref.exists() else revision
+        oid = ref.read_text() if ref.is_file() else revision
         if not (folder / "commits" / oid).exists():
             raise RefusalError(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         return oid, json.loads((folder / "commits" / oid).read_text())["files"]
@@ -147,9 +147,9 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def handle_request(self):
-        path = unquote(urlsplit(self.path).path)
+        path = urlsplit(self.path).path
         self.hub = self.server.hub
-        self.hub.requests.append(f"{self.command} {path}")
+        self.hub.requests.append(f"{self.command} {unquote(path)}")
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.user = TOKENS.get((self.headers.get("Authorization") or "").removeprefix("Bearer "))
         faults = [key for key in self.hub.faults if key[0] == self.command and re.search(key[1], path)]
@@ -160,7 +160,7 @@ class Handler(BaseHTTPRequestHandler):
             for method, pattern, action in ROUTES:
                 match = re.fullmatch(pattern, path)
                 if match and self.command in method.split():
-                    return action(self, **match.groupdict())
+                    return action(self, **{name: unquote(part) for name, part in match.groupdict("main").items()})
             raise RefusalError(501, message=f"this Hub does not know {self.command} {path}")
         except RefusalError as refusal:
             self.answer(
@@ -204,9 +204,9 @@ class Handler(BaseHTTPRequestHandler):
         self.hub.create(repo, private=asked.get("visibility") == "private" or asked.get("private") is True)
         return self.answer(200, {"url": f"{self.hub.url}/{repo}", "name": repo, "id": repo})
 
-    def info(self, repo, revision="main"):
+    def info(self, repo, revision):
         self.check(repo)
-        oid, files = self.hub.resolve(repo, revision or "main")
+        oid, files = self.hub.resolve(repo, revision)
         private = json.loads((self.hub.folder(repo) / "private").read_text())
         siblings = [{"rfilename": path} for path in files]
         self.answer(200, {"id": repo, "modelId": repo, "sha": oid, "private": private, "siblings": siblings})
@@ -216,6 +216,7 @@ class Handler(BaseHTTPRequestHandler):
         ref = self.hub.folder(repo) / "refs" / branch
         if ref.exists():
             raise RefusalError(409, message=f"Reference already exists: {branch}")
+        ref.parent.mkdir(exist_ok=True)
         ref.write_text(self.hub.resolve(repo)[0])
         self.answer(200, {})
 

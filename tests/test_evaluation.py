@@ -98,13 +98,16 @@ def test_left_out_blocks(command, run, network):
             "give --model with --pretrained or --checkpoint, and not with",
         ),
         (["--pretrained", "--model", "cifar_resnet1202"], "cifar_resnet1202.cifar10 has no pretrained weights"),
-        (["--run", "nowhere"], "nowhere holds no run: its config.json is missing or damaged"),
+        (["--run", "nowhere"], "nowhere holds no run: its config.json is missing, damaged"),
         (["--run", "{run}", "--split", "all"], "invalid choice: 'all'"),
         (["--run", "{run}", "--dataset", "mnist"], "--dataset mnist: there is no such data set"),
         (["--run", "{run}", "--drop-blocks", "0"], "--drop-blocks 0: '0' is no block, they count from 1 to 9"),
         (["--run", "{run}", "--drop-blocks", "3,10"], "--drop-blocks 3,10: '10' is no block, they count from 1 to 9"),
         (["--run", "{run}", "--drop-blocks", "x"], "--drop-blocks x: 'x' is no block, they count from 1 to 9"),
-        (["--model", "cifar_resnet20", "--checkpoint", "nothing"], "nothing is no whole safetensors file"),
+        (
+            ["--model", "cifar_resnet20", "--checkpoint", "nothing"],
+            "nothing is missing: give a run or a file that has weights",
+        ),
         (
             ["--model", "cifar_resnet20", "--checkpoint", "{run}/config.json"],
             "config.json is no whole safetensors file",

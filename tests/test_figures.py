@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from timm_sd import figures, results
+from timm_sd import data, figures, results
 from timm_sd.errors import UserError
 from timm_sd.figures import CONSTANT, STOCHASTIC
 from timm_sd.record import Record
@@ -31,8 +31,8 @@ def made_up(tmp_path, monkeypatch):
         stochastic = model.endswith("_sd")
         options = dict(
             model=model, dataset="synthetic", epochs=EPOCHS, batch_size=500, lr=0.1, lr_schedule="steps",
-            weight_decay=1e-4, drop_path=None, drop_path_schedule="linear", seed=seed, mixed_precision="no",
-            output=name, resume=False,
+            weight_decay=1e-4, drop_path=None, drop_path_schedule="linear", seed=seed, sync_bn=False,
+            grad_checkpointing=False, cuda_graphs=False, mixed_precision="no", output=name, resume=False,
         ) | {key: value for key, value in changes.items() if key != "environment"}  # fmt: skip
         p_last = 1 - (options["drop_path"] if options["drop_path"] is not None else 0.5 * stochastic)
         blocks = 9 if "20" in model else 15
@@ -162,6 +162,7 @@ def test_figure_8(made_up):
                 )
             )
     records.append(made_up("again", seed=1, drop_path=0.5, test_error=17.0))
+    results.check_alike(records, but=("depth", "seed", "p_1", "p_L"))
     left, right = figures.sweep(records).axes
     drawn = {container.get_label(): container for container in left.containers}
     assert set(drawn) == {CONSTANT, "linear decay", "uniform"}
@@ -186,8 +187,11 @@ def test_one_command_draws_it_all(command, pair, made_up, tmp_path):
     }
     files = {path.name: path.read_bytes() for path in Path("out").iterdir()}
     assert set(files) == names | {"results.md"}
-    assert set(out.split()) == {f"out/{name}" for name in files}
+    assert sorted(out.split()) == sorted(f"out/{name}" for name in files)
     assert all(files[name].startswith(b"\x89PNG") for name in names if name.endswith("png"))
+    page = files["results.md"].decode()
+    assert all(f"]({name})" in page for name in names if name.endswith("png"))
+    assert page.count("| `cifar_resnet20") == 4
     command("figures", *arguments)
     assert {path.name: path.read_bytes() for path in Path("out").iterdir()} == files
 
@@ -196,13 +200,16 @@ def test_the_page(command, pair):
     assert command("figures", "--runs", "one", "two", "constant", "--out", "out")[0] == 0
     text = Path("out/results.md").read_text()
     assert "python train_scripts/figures.py --runs one two constant --out out" in text
-    assert "| `cifar_resnet20.cifar10` | 0 | 8 | **12.00%** (epoch 7) | 17.00% |  | 0:08:00 | cpu (a proc" in text
-    assert "| `cifar_resnet20_sd.cifar10` | 2 | 8 | **14.00%** (epoch 7) | 19.00% |" in text
+    assert (
+        "| `cifar_resnet20`, synthetic | 1 | 0 | 8 | **12.00%** (epoch 7) | 17.00% |  | 0:08:00 | a processor" in text
+    )
+    assert "| `cifar_resnet20_sd`, synthetic | 0.5 | 2 | 8 | **14.00%** (epoch 7) | 19.00% |" in text
     assert "These runs are of 8 epochs where the paper's are of 500." in text
-    assert text.count("too short") + text.count("Too short") == 2
-    assert "Here 12.00% to 12.00%" in text
+    assert text.count("Too short to say") == 2
+    assert "1 run(s) of constant and 2 of stochastic depth do not tell a difference from the spread" in text
+    assert "Here 12.00% to 12.00%: equal." in text
     assert "Here 45 s to 60 s an epoch, evaluation aside (medians): a ratio of 0.750" in text
-    assert "0.0025 to 0.00125 in the last: larger there" in text
+    assert "larger with stochastic depth in 8 of 8 epochs: 0.02 to 0.01 in the first, 0.0025 to 0.00125" in text
 
 
 def test_one_kind_alone(command, made_up):
@@ -225,11 +232,14 @@ def test_times_of_two_machines_are_not_compared(command, made_up):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(epochs=EPOCHS + 1), r"b holds an unfinished run, 8 of 9 epochs: train.py --resume goes on with it"),
+        (dict(epochs=EPOCHS + 1), r"b holds an unfinished run, 8 of 9 epochs: train.py --resume goes on"),
         (dict(batch_size=250), r"a and b are not to be mixed, they differ in batch_size \(500, 250\): draw them apart"),
-        (dict(drop_path=0.2, seed=1), r"a and b are not to be mixed, they differ in drop_path \(None, 0.2\): .*"),
-        (dict(model="cifar_resnet32_sd", seed=1), r"a and b are not to be mixed, they differ in model .*"),
-        (dict(model="cifar_resnet32"), r"these runs are of different depths \(20, 32\): draw them apart"),
+        (dict(drop_path=0.2, seed=1), r"a and b are not to be mixed, they differ in p_1 \(0.9\d*, 0.9\d*\): .*"),
+        (dict(model="cifar_resnet32_sd", seed=1), r"a and b are not to be mixed, they differ in depth \(20, 32\): .*"),
+        (
+            dict(model="cifar_resnet32"),
+            r"a and b are not to be mixed, they differ in depth \(20, 32\): draw them apart",
+        ),
         (
             dict(mixed_precision="bf16", seed=1),
             r"a and b are not to be mixed, they differ in mixed_precision \(no, bf16\): .*",
@@ -262,4 +272,100 @@ def test_a_log_of_another_run_is_noticed(command, made_up):
 
 def test_a_folder_without_a_run(command, tmp_path):
     status, _, err = command("figures", "--runs", tmp_path, "--out", tmp_path / "out")
-    assert (status, err) == (1, f"figures.py: {tmp_path} holds no run: its config.json is missing or damaged\n")
+    assert (status, err) == (
+        1,
+        f"figures.py: {tmp_path} holds no run: its config.json is missing, damaged or not a run's\n",
+    )
+
+
+def test_the_same_run_twice_in_a_sweep_is_noticed(command, made_up):
+    """Once by its name's own p_L, once by --drop-path."""
+    made_up("a")
+    made_up("b", drop_path=0.5)
+    status, _, err = command("figures", "--runs", "a", "--sweep", "a", "b", "--out", "out")
+    assert (status, err) == (1, "figures.py: a and b are the same run, of seed 0\n")
+
+
+def test_out_is_a_file(command, made_up):
+    made_up("a")
+    status, _, err = command("figures", "--runs", "a", "--out", "a/config.json")
+    assert (status, err) == (
+        1,
+        "figures.py: cannot write to a/config.json (File exists): choose another --out\n",
+    )
+
+
+def change(file, key, value=None):
+    """In the first line of a file of JSON, or in the options or the environment of config.json."""
+    path = Path("a") / file
+    content = json.loads(path.read_text().splitlines()[0])
+    owner = content
+    if file == "config.json":
+        owner = content["options"] if key in content["options"] else content["environments"][0]
+    if value is None:
+        del owner[key]
+    else:
+        owner[key] = value
+    path.write_text("\n".join([json.dumps(content), *path.read_text().splitlines()[1:]]))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda: Path("a/config.json").write_text("[]"), "a holds no run: its config.json is missing, damaged or .*"),
+        (lambda: Path("a/config.json").write_text("{}"), "a holds no run: its config.json is missing, damaged or .*"),
+        (
+            lambda: Path("a/config.json").write_text('{"options": {}, "environments": []}'),
+            "a holds no run: its config.json is missing, damaged or .*",
+        ),
+        (lambda: change("config.json", "model"), "a/config.json has no option 'model': it is of another version or .*"),
+        (
+            lambda: change("config.json", "epochs", "ten"),
+            "a/config.json has an option that cannot be .*: it is damaged",
+        ),
+        (lambda: change("config.json", "model", "resnet11"), "--model resnet11: there is no such network; .*"),
+        (
+            lambda: change("config.json", "processor"),
+            "a/config.json does not say processor: it is of another version .*",
+        ),
+        (lambda: change("config.json", "mixed_precision"), "a/config.json does not say mixed_precision: .*"),
+        (
+            lambda: change("metrics.jsonl", "test_error"),
+            "a/metrics.jsonl is damaged: train.py --resume writes it again",
+        ),
+        (
+            lambda: change("metrics.jsonl", "lr", "high"),
+            "a/metrics.jsonl is damaged: train.py --resume writes it again",
+        ),
+        (lambda: Path("a/metrics.jsonl").unlink(), "a holds an unfinished run, 0 of 8 epochs: .*"),
+    ],
+)
+def test_a_damaged_run_is_named(command, made_up, damage, message):
+    made_up("a")
+    damage()
+    status, _, err = command("figures", "--runs", "a", "--out", "out")
+    assert status == 1
+    assert re.fullmatch(f"figures.py: {message}\n", err), err
+    assert not Path("out").exists()
+
+
+def test_the_published_figure_is_that_of_the_network(made_up):
+    """Whatever its name: cifar_resnet110 with p_L = 0.5 is the paper's, cifar_resnet110_sd with another is not."""
+    options = dict(dataset="cifar10", epochs=EPOCHS)
+    for name, drop_path, schedule, expected in (
+        ("cifar_resnet110", None, "linear", 6.41),
+        ("cifar_resnet110", 0.5, "linear", 5.25),
+        ("cifar_resnet110_sd", None, "linear", 5.25),
+        ("cifar_resnet110_sd", 0.0, "linear", 6.41),
+        ("cifar_resnet110_sd", 0.2, "linear", None),
+        ("cifar_resnet110_sd", None, "uniform", None),
+        ("cifar_resnet56_sd", None, "linear", None),
+    ):
+        folder = f"{name}-{drop_path}-{schedule}"
+        record = made_up(folder, name, drop_path=drop_path, drop_path_schedule=schedule, **options)
+        assert record.published == expected, folder
+
+
+def test_the_split_has_the_sizes_that_figures_reckon_with():
+    learning, _ = data.load("synthetic", None)
+    assert tuple(map(len, data.split(learning, 0))) == data.SPLIT_SIZES["synthetic"]

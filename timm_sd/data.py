@@ -16,7 +16,8 @@ from torchvision.datasets import CIFAR10, CIFAR100
 
 from .errors import UserError
 
-TRAINING_IMAGES = {"cifar10": 45_000, "cifar100": 45_000, "synthetic": 4_500}  # after the split
+# Images to train on and to validate with, of those to learn from.
+SPLIT_SIZES = {"cifar10": (45_000, 5_000), "cifar100": (45_000, 5_000), "synthetic": (4_500, 500)}
 MAX_SHIFT = 4
 VALIDATION_SHARE = 0.1
 SHAPES = (

@@ -13,10 +13,10 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from . import paper
-from .data import TRAINING_IMAGES
+from .data import SPLIT_SIZES
 from .errors import UserError
 from .record import Record
 from .stochastic_depth import SCHEDULES, draw_gates
@@ -27,13 +27,14 @@ Groups = dict[str, Sequence[Record]]
 # Told apart by hue to the colour-blind (Okabe and Ito's blue and vermilion) and by line and marker in grey.
 COLOURS = {CONSTANT: "#0072B2", STOCHASTIC: "#D55E00"}
 LINES = {CONSTANT: "--", STOCHASTIC: "-"}
+THIN_LINES = {CONSTANT: ":", STOCHASTIC: "-."}
 MARKERS = {CONSTANT: "s", STOCHASTIC: "o"}
 GREY = "0.4"
 
 
 def kind(record: Record) -> str:
     """Whether a run is of constant or stochastic depth."""
-    return CONSTANT if min(record.survival) == 1 else STOCHASTIC
+    return STOCHASTIC if record.stochastic else CONSTANT
 
 
 def curves(records: Sequence[Record], name: str) -> np.ndarray:
@@ -43,7 +44,7 @@ def curves(records: Sequence[Record], name: str) -> np.ndarray:
 
 def training_seconds(records: Sequence[Record]) -> float:
     """Of an epoch without its evaluation, the median over epochs and runs."""
-    return float(np.median([TRAINING_IMAGES[r.options.dataset] / curves([r], "images_per_second") for r in records]))
+    return float(np.median([SPLIT_SIZES[r.options.dataset][0] / curves([r], "images_per_second") for r in records]))
 
 
 def save(figure: Figure, file: Path) -> None:
@@ -66,16 +67,18 @@ def _epochs(axes: Axes, label: str) -> None:
 
 
 def _plain_log(axes: Axes) -> None:
-    """A logarithmic axis with numbers as they are spoken, between powers of ten too."""
+    """A logarithmic axis with numbers as they are spoken, over a decade or so between powers of ten too."""
     axes.set_yscale("log")
-    for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    plain = FuncFormatter(lambda value, _: f"{value:g}")
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_formatter(plain)
+    axes.yaxis.set_minor_formatter(plain if high < 40 * low else NullFormatter())
 
 
 def _draw(axes: Axes, group: str, records: Sequence[Record], name: str, **style) -> None:
     values = curves(records, name)
     epochs = np.arange(1, values.shape[1] + 1)
-    axes.plot(epochs, values.mean(0), color=COLOURS[group], linestyle=LINES[group], **style)
+    axes.plot(epochs, values.mean(0), color=COLOURS[group], **{"linestyle": LINES[group], **style})
     if len(values) > 1:
         axes.fill_between(epochs, values.min(0), values.max(0), color=COLOURS[group], alpha=0.2, linewidth=0)
 
@@ -102,7 +105,8 @@ def learning_curves(groups: Groups) -> Figure:
     errors = {group: float(np.mean([line["test_error"] for line in lines])) for group, lines in best.items()}
     for group, records in groups.items():
         _draw(axes, group, records, "test_error", linewidth=2, label=f"test error, {group}")
-        _draw(losses, group, records, "train_loss", linewidth=0.9, label=f"training loss, {group}")
+        thin = dict(linewidth=1, linestyle=THIN_LINES[group])
+        _draw(losses, group, records, "train_loss", label=f"training loss, {group}", **thin)
         epochs = [line["epoch"] for line in best[group]]
         points = [line["test_error"] for line in best[group]]
         axes.plot(epochs, points, MARKERS[group], color=COLOURS[group], markersize=7, zorder=4)
@@ -116,15 +120,17 @@ def learning_curves(groups: Groups) -> Figure:
             va="bottom" if higher else "top",
             color=COLOURS[group],
             fontweight="bold",
-            bbox=dict(facecolor="white", edgecolor="none", alpha=0.8, pad=1),
+            bbox=dict(facecolor="white", edgecolor="none", alpha=0.7, pad=0.5),
             zorder=5,
         )
     _plain_log(losses)
     for index, epoch in enumerate(learning_rate_drops(next(iter(groups.values()))[0])):
         axes.axvline(epoch, color=GREY, linewidth=1, linestyle=":", label=None if index else "learning rate ÷ 10")
-    # Of a long run, the first epochs would press all that is to be seen together.
+    axes.plot([], [], MARKERS[group], color=GREY, label="lowest validation error, and the test error there")
+    # Of a long run, the first epochs would press all that is to be seen together. Below 0 is room for a label.
     seen = [curves(records, "test_error")[:, records[0].options.epochs // 20 :] for records in groups.values()]
-    axes.set_ylim(0, 1.1 * max(errors.max() for errors in seen))
+    top = 1.1 * max(errors.max() for errors in seen)
+    axes.set_ylim(-0.1 * top, top)
     axes.margins(x=0.06)
     axes.set_zorder(losses.get_zorder() + 1)  # so that labels stand over both kinds of lines
     axes.patch.set_visible(False)
@@ -186,29 +192,29 @@ def survival(records: Sequence[Record]) -> Figure:
 
 
 def times(groups: Groups) -> Figure:
-    """Seconds an epoch of both groups and of perfect skipping (left), and their ratio beside the published ones.
+    """Seconds an epoch of both groups (left), and their ratio beside the published ones (right).
 
-    Perfect skipping is constant depth's time in the share of blocks that were active.
+    Beside them stands perfect skipping, were all blocks equally dear: the share of blocks that were active.
     """
     constant, stochastic = (training_seconds(groups[group]) for group in (CONSTANT, STOCHASTIC))
     records = groups[STOCHASTIC]
     share = curves(records, "active_blocks").mean() / len(records[0].survival)
-    images = TRAINING_IMAGES[records[0].options.dataset]
+    images = SPLIT_SIZES[records[0].options.dataset][0]
+    perfect = "perfect skipping\nof equal blocks"
     figure, (left, right) = _new_figure(2, width=10)
-    names = ("constant\ndepth", "stochastic\ndepth", "perfect\nskipping")
+    names = ("constant\ndepth", "stochastic\ndepth", perfect)
     seconds = (constant, stochastic, share * constant)
     bars = left.bar(names, seconds, color=(COLOURS[CONSTANT], COLOURS[STOCHASTIC], "0.75"), hatch=("//", "", ""))
     left.bar_label(bars, [f"{value:.3g} s\n{images / value:.0f} images/s" for value in seconds], padding=3)
     left.set_ylabel("training time of an epoch (s)")
     left.margins(y=0.2)
-    ratios = {"these runs": (stochastic / constant, ""), "perfect skipping": (share, "")}
+    ratios = {f"these runs,\n{records[0].depth} layers": (stochastic / constant, ""), perfect: (share, "")}
     for who, (slow, fast) in paper.SECONDS.items():
-        ratios[who] = fast / slow, f" ({fast:g} s to {slow:g} s)"
+        ratios[f"{who},\n110 layers"] = fast / slow, f" ({fast:g} s to {slow:g} s)"
     bars = right.barh(list(ratios), [ratio for ratio, _ in ratios.values()], color=(COLOURS[STOCHASTIC], *["0.75"] * 3))
     labels = [f"{ratio:.3f}{seconds}" for ratio, seconds in ratios.values()]
     right.bar_label(bars, labels, label_type="center")
     right.invert_yaxis()
-    right.set_xlim(0, 1)
     right.set_xlabel("time of stochastic depth, constant depth being 1")
     return figure
 

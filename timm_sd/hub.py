@@ -1,6 +1,7 @@
 """A finished run as a Hub repository that timm can load: the folder, and its upload as one commit."""
 
 import hashlib
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,8 +9,9 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError
 from timm.models import save_for_hf
 
 from . import __version__, data, figures
@@ -24,11 +26,10 @@ from .training import create_network
 def make_folder(run: Path, name: str, repo_id: str | None = None) -> Path:
     """The folder `hub` within a finished run's: a timm Hub repository called `name`, and still the folder of a run.
 
-    It is a function of the run's files, to the byte. Raises UserError if the run has not finished, or its weights are
-    not those that it ended with; what was published before then stays as it was.
+    It is a function of the run's files, to the byte with the same Matplotlib. Raises UserError if the run has not
+    finished, or its weights are not those that it ended with; what was published before then stays as it was.
     """
-    record, files = Record.read(run), RunFolder(run)
-    summary = read_summary(run)
+    record, files, summary = Record.read(run), RunFolder(run), read_summary(run)
     options = record.options
     network = create_network(options).to(memory_format=torch.contiguous_format)
     load_weights(network, files.weights, options.tag)
@@ -37,12 +38,10 @@ def make_folder(run: Path, name: str, repo_id: str | None = None) -> Path:
             f"{files.weights} is not what the run ended with, by its SHA-256: train.py --resume restores it"
         )
     # What leaves the weights alone, such as the folders of this machine, is nobody's business.
-    asked = {
-        key: value for key, value in record.config["options"].items() if key in (*BOUND_OPTIONS, "mixed_precision")
-    }
+    asked = {name: getattr(options, name) for name in BOUND_OPTIONS} | {"mixed_precision": record.mixed_precision}
     labels = {"label_names": data.SHAPES} if options.dataset == "synthetic" else {}
 
-    folder, partial = run / "hub", run / "hub.partial"
+    folder, partial, old = run / "hub", run / "hub.partial", run / "hub.old"
     shutil.rmtree(partial, ignore_errors=True)
     try:
         save_for_hf(
@@ -60,22 +59,30 @@ def make_folder(run: Path, name: str, repo_id: str | None = None) -> Path:
             shutil.copyfile(file, partial / file.name)
         figures.save(figures.learning_curves({figures.kind(record): [record]}), partial / "curve.png")
         model_card(record, network, name, repo_id, summary["sha256"]).save(partial / "README.md")
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
         partial.rename(folder)
-    except OSError as error:
-        raise UserError(f"cannot write to {run} ({error.strerror}): make room and publish again") from error
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"cannot write to {run} ({reason}): make room, and publish again") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 
 def keep_card(folder: Path, cards: Path) -> None:
-    """Copy all of a repository's folder but the weights, to be kept under version control."""
-    shutil.copytree(folder, cards, dirs_exist_ok=True, ignore=shutil.ignore_patterns(WEIGHTS_FILE))
+    """Copy all of a repository's folder but the weights, to be kept under version control. Raises UserError."""
+    try:
+        shutil.copytree(folder, cards, dirs_exist_ok=True, ignore=shutil.ignore_patterns(WEIGHTS_FILE))
+    except (OSError, shutil.Error) as error:
+        reason = error.strerror or " ".join(str(error).split())
+        raise UserError(f"cannot write to {cards} ({reason}): copy {folder} there, all but its weights") from error
 
 
-def check_repo_id(repo_id: str) -> None:
-    """Raise UserError unless it has the form NAMESPACE/NAME of a repository of the Hub."""
+def check_address(repo_id: str, revision: str | None) -> None:
+    """Raise UserError unless it has the form NAMESPACE/NAME of a repository, and the revision that of a branch."""
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
@@ -84,6 +91,24 @@ def check_repo_id(repo_id: str) -> None:
         raise UserError(
             f"--repo-id {repo_id}: it must be NAMESPACE/NAME, the namespace being a user's or organisation's"
         )
+    if revision is not None and (not re.fullmatch(r"[\w.-]+(/[\w.-]+)*", revision, re.ASCII) or ".." in revision):
+        raise UserError(
+            f"--revision {revision!r}: it must be the name of a branch, of letters, digits, '.', '_', '-', '/'"
+        )
+
+
+def check_token() -> None:
+    """Raise UserError unless there is a token for the Hub that can be sent."""
+    again = "log in with `hf auth login`, or set HF_TOKEN"
+    try:
+        token = get_token()
+    except (OSError, ValueError) as error:
+        raise UserError(f"the token for the Hub cannot be read: {again}") from error
+    if token is None:
+        raise UserError(f"there is no token for the Hub: {again}")
+    # The client's complaint about such a character would show the token.
+    if not re.fullmatch(r"[!-~]+", token):
+        raise UserError(f"the token for the Hub is none, for it has characters that no token has: {again}")
 
 
 def upload(folder: Path, repo_id: str, private: bool, revision: str | None, message: str) -> str:
@@ -92,8 +117,7 @@ def upload(folder: Path, repo_id: str, private: bool, revision: str | None, mess
     The repository and the branch `revision` are created if they are not there. Raises UserError if the Hub cannot be
     reached or refuses, or if `private` is asked of a repository that is public.
     """
-    if get_token() is None:
-        raise UserError("there is no token for the Hub: log in with `hf auth login`, or set HF_TOKEN")
+    check_token()
     api = HfApi(library_name="timm-sd", library_version=__version__)
     with _one_line_errors(repo_id):
         api.create_repo(repo_id, private=private or None, exist_ok=True)
@@ -108,21 +132,26 @@ def upload(folder: Path, repo_id: str, private: bool, revision: str | None, mess
 @contextmanager
 def _one_line_errors(repo_id: str) -> Iterator[None]:
     """Turn what the client raises into a UserError."""
+    failed = f"uploading to {repo_id} failed"
     again = "publish again, what the Hub has by then is not uploaded twice"
     try:
         yield
+    except OfflineModeIsEnabled as error:
+        raise UserError(f"{failed}, for HF_HUB_OFFLINE is set: unset it") from error
     # An upload's error is the cause of a RuntimeError. HTTPError is of the HTTP library that huggingface_hub uses.
     except (HfHubHTTPError, HTTPError, RuntimeError, OSError, ValueError) as error:
         if isinstance(error, RuntimeError) and error.__cause__ is not None:
             error = error.__cause__
         if not isinstance(error, HfHubHTTPError):
-            raise UserError(f"uploading to {repo_id} failed ({' '.join(str(error).split())}): {again}") from error
+            raise UserError(f"{failed} ({' '.join(str(error).split())}): {again}") from error
         status = error.response.status_code
+        said = " ".join((error.server_message or error.response.reason_phrase).split())
         if status == 401:
             reason = "the Hub does not accept the token: log in again with `hf auth login`, or set HF_TOKEN"
         elif status == 403:
             reason = f"the token may not write to {repo_id}: choose another --repo-id, or a token that may"
+        elif status < 500 and status != 429:
+            reason = f"{failed}, the Hub refuses what is asked of it ({status}, {said})"
         else:
-            said = error.server_message or error.response.reason_phrase
-            reason = f"uploading to {repo_id} failed, the Hub answered {status} ({' '.join(said.split())}): {again}"
+            reason = f"{failed}, the Hub answered {status} ({said}): {again}"
         raise UserError(reason) from error

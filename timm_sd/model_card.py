@@ -5,15 +5,16 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from . import paper, pretrained
+from . import pretrained
 from .cifar_resnet import CifarResNet
-from .data import TRAINING_IMAGES, VALIDATION_SHARE
+from .data import SPLIT_SIZES
 from .options import Options
 from .record import Record
 
 TEMPLATE = Path(__file__).parent / "model_card.md.jinja"
 DATASETS = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "synthetic": "timm-sd's drawn shapes"}
 HUB_DATASETS = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
+PRECISIONS = {"no": "float32", "bf16": "bfloat16 (autocast)"}
 SCHEDULES = {
     "steps": "learning rate {lr:g}, a tenth of it from half of the epochs on and a hundredth from three quarters",
     "one-cycle": "learning rate in a line up to {lr:g} within the first fifth of the steps, then in a line down to 0",
@@ -21,14 +22,27 @@ SCHEDULES = {
 
 
 def deviations(record: Record) -> list[str]:
-    """What was asked for that is not the paper's protocol."""
-    paper_options, options = Options(), record.options
-    names = ("epochs", "batch_size", "lr", "lr_schedule", "weight_decay", "drop_path", "drop_path_schedule", "sync_bn")
-    return [
-        f"`--{name.replace('_', '-')}` {getattr(options, name)} (the paper's: {getattr(paper_options, name)})"
+    """What this run has not of the paper's protocol, beside what the README says of all runs."""
+    theirs, ours = Options(), record.options
+    names = ("epochs", "batch_size", "lr", "lr_schedule", "weight_decay")
+    found = [
+        f"{name.replace('_', ' ')} {getattr(ours, name)} (the paper's: {getattr(theirs, name)})"
         for name in names
-        if getattr(options, name) != getattr(paper_options, name)
-    ] + (["the data set, drawn shapes"] if options.dataset == "synthetic" else [])
+        if getattr(ours, name) != getattr(theirs, name)
+    ]
+    if record.stochastic and record.survival[-1] != 0.5:
+        found.append(f"p_L {record.survival[-1]:g} (the paper's: 0.5)")
+    if record.stochastic and ours.drop_path_schedule != "linear":
+        found.append("uniform survival probabilities (the paper's: linear)")
+    if record.mixed_precision != "no":
+        found.append(f"computed in {PRECISIONS[record.mixed_precision]} (the paper's: float32)")
+    if any(where["processes"] > 1 for where in record.environments) and not ours.sync_bn:
+        found.append("batches normalised in the parts that each process has (the paper's: whole)")
+    if ours.grad_checkpointing:
+        found.append("blocks computed twice, so running statistics moved twice a step")
+    if ours.dataset == "synthetic":
+        found.append("drawn shapes (the paper's: CIFAR)")
+    return found
 
 
 def model_card(record: Record, network: CifarResNet, name: str, repo_id: str | None, sha256: str) -> ModelCard:
@@ -38,8 +52,7 @@ def model_card(record: Record, network: CifarResNet, name: str, repo_id: str | N
     """
     options, best = record.options, record.best
     dataset, hub_dataset = DATASETS[options.dataset], HUB_DATASETS.get(options.dataset)
-    stochastic = record.survival[-1] < 1
-    published = paper.TEST_ERROR.get((options.model, options.dataset))
+    published = record.published
     beside = f"the paper's {published}%" if published else "which the paper has no figure for"
     result = dict(
         task_type="image-classification",
@@ -54,7 +67,13 @@ def model_card(record: Record, network: CifarResNet, name: str, repo_id: str | N
             library_name="timm",
             license="apache-2.0",
             pipeline_tag="image-classification",
-            tags=["image-classification", "timm", "timm-sd", "resnet", *(["stochastic-depth"] if stochastic else [])],
+            tags=[
+                "image-classification",
+                "timm",
+                "timm-sd",
+                "resnet",
+                *(["stochastic-depth"] if record.stochastic else []),
+            ],
             datasets=[hub_dataset] if hub_dataset else None,
             metrics=["accuracy"],
             model_name=name,
@@ -76,28 +95,28 @@ def model_card(record: Record, network: CifarResNet, name: str, repo_id: str | N
         ),
         deviations=deviations(record),
         options=options,
-        stochastic=stochastic,
+        stochastic=record.stochastic,
         parameters=sum(parameter.numel() for parameter in network.parameters()),
         classes=network.num_classes,
         repo_id=repo_id,
         tag=options.tag,
-        packaged=pretrained.read_sha256s(pretrained.WEIGHTS).get(f"{options.tag}.safetensors") == sha256,
+        packaged=pretrained.recorded_sha256s().get(f"{options.tag}.safetensors") == sha256,
         dataset=dataset,
         hub_dataset=hub_dataset,
         best=best,
         last=record.last,
         paper=f"{published}%" if published else "",
-        training_images=TRAINING_IMAGES[options.dataset],
-        validation_images=round(TRAINING_IMAGES[options.dataset] * VALIDATION_SHARE / (1 - VALIDATION_SHARE)),
+        sizes=SPLIT_SIZES[options.dataset],
         schedule=SCHEDULES[options.lr_schedule].format(lr=options.lr),
         survival=(
             f"survival probabilities {options.drop_path_schedule}, p_L = {record.survival[-1]:g}"
-            if stochastic
+            if record.stochastic
             else "no block is dropped"
         ),
-        precision={"no": "float32", "bf16": "bfloat16 (autocast)"}[record.mixed_precision],
+        precision=PRECISIONS[record.mixed_precision],
         environments=record.environments,
         command=record.command,
-        hours=str(timedelta(seconds=round(record.seconds))),
+        on_cpu=all(where["device"] == "cpu" for where in record.environments),
+        duration=str(timedelta(seconds=round(record.seconds))),
         plain=options.model.removesuffix("_sd"),
     )

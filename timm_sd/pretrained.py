@@ -6,7 +6,7 @@ A packaged file is `weights/NAME.TAG.safetensors`, and `weights/SHA256SUMS` has 
 import hashlib
 from pathlib import Path
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from timm.models import PretrainedCfg
 from torch import Tensor, nn
@@ -18,23 +18,23 @@ HUB_NAMESPACE = "timm-sd"
 WEIGHTS_FILE = "model.safetensors"
 
 
-def read_sha256s(folder: Path) -> dict[str, str]:
-    """The names and SHA-256 of the files that `SHA256SUMS` in a folder lists."""
-    lines = (folder / "SHA256SUMS").read_text(encoding="utf-8").splitlines()
+def recorded_sha256s() -> dict[str, str]:
+    """The SHA-256 of every packaged file, by name."""
+    lines = (WEIGHTS / "SHA256SUMS").read_text(encoding="utf-8").splitlines()
     return {name: sha256 for sha256, name in map(str.split, lines)}
 
 
 def source(tag: str) -> dict[str, str]:
     """timm's entries for the source of a network's weights, such as "cifar_resnet110_sd.cifar10"; {} without any."""
     file = f"{tag}.safetensors"
-    if file not in read_sha256s(WEIGHTS):
+    if file not in recorded_sha256s():
         return {}
     return dict(file=str(WEIGHTS / file), hf_hub_id=f"{HUB_NAMESPACE}/{tag}")
 
 
 def packaged() -> list[str]:
     """The names, with tags, of the networks whose weights come with the package."""
-    return sorted(file.removesuffix(".safetensors") for file in read_sha256s(WEIGHTS))
+    return sorted(file.removesuffix(".safetensors") for file in recorded_sha256s())
 
 
 def check_source(cfg: PretrainedCfg) -> None:
@@ -43,6 +43,7 @@ def check_source(cfg: PretrainedCfg) -> None:
     if cfg.source == "local-dir":
         if not (Path(cfg.file) / WEIGHTS_FILE).is_file():
             raise RuntimeError(f"{cfg.file} holds no {WEIGHTS_FILE}, and nothing else is loaded from a folder")
+        check_file(Path(cfg.file) / WEIGHTS_FILE)
     elif cfg.source != "hf-hub" and cfg.state_dict:
         return
     elif cfg.source != "hf-hub" and cfg.file:
@@ -62,34 +63,53 @@ def check_suffix(file: Path) -> None:
 
 
 def check_file(file: Path) -> None:
-    """Raise a RuntimeError unless it is a safetensors file and, if it is of the package, has its recorded hash."""
+    """Raise a RuntimeError unless it is a whole safetensors file and, if of the package, has its recorded hash."""
     check_suffix(file)
     if not file.is_file():
         raise RuntimeError(f"{file} is missing")
-    recorded = read_sha256s(WEIGHTS).get(file.name) if file.parent == WEIGHTS else None
+    recorded = recorded_sha256s().get(file.name) if file.parent == WEIGHTS else None
     if recorded and hashlib.sha256(file.read_bytes()).hexdigest() != recorded:
         raise RuntimeError(f"{file} is damaged, its SHA-256 is not the recorded one: install timm-sd again")
+    try:
+        with safe_open(file, "pt"):
+            pass
+    except (OSError, SafetensorError) as error:
+        raise RuntimeError(f"{file} is no whole safetensors file ({error})") from error
 
 
 def check_architecture(state_dict: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
     """timm's filter for weights it is about to load: raises a RuntimeError that says whose they are if not `network`'s.
 
-    The classifier is left to timm, which drops that of other classes.
+    The classifier is left to timm, which drops that of other classes and then no longer asks for the rest to be there.
     """
-    own, found = ({key for key in keys if not key.startswith("fc.")} for keys in (network.state_dict(), state_dict))
-    if own - {"survival"} != found - {"survival"}:
-        blocks = sum(key.startswith("stages.") and key.endswith(".branch.conv1.weight") for key in found)
-        whose = (
-            f"a cifar_resnet{2 * blocks + 2}" if blocks else f"no cifar_resnet (there is a {min(found, default='')!r})"
-        )
-        raise RuntimeError(f"the weights are those of {whose}, not of a {network.pretrained_cfg['architecture']}")
-    return state_dict
+    own, found = map(_keys, (network.state_dict(), state_dict))
+    if own == found:
+        return state_dict
+    blocks, own_blocks = (sum(key.endswith(".branch.conv1.weight") for key in keys) for keys in (found, own))
+    if blocks == own_blocks:
+        whose = f"another network, {min(own ^ found)!r} is in one of them only"
+    elif blocks:
+        whose = f"a cifar_resnet{2 * blocks + 2}"
+    else:
+        whose = f"no cifar_resnet (there is a {min(found, default='')!r})"
+    raise RuntimeError(f"the weights are those of {whose}, not of a {network.pretrained_cfg['architecture']}")
+
+
+def _keys(state_dict: dict[str, Tensor]) -> set[str]:
+    """Those that weights of one architecture share: a plain one's may lack `survival`, other code's the counters."""
+    return {
+        key
+        for key in state_dict
+        if key != "survival" and not key.startswith("fc.") and not key.endswith(".num_batches_tracked")
+    }
 
 
 def load_weights(network: nn.Module, file: Path, name: str) -> None:
     """Load a safetensors file. Raises UserError if it is none, or has not the weights of a network called `name`."""
     try:
         network.load_state_dict(load_file(file))
+    except FileNotFoundError as error:
+        raise UserError(f"{file} is missing: give a run or a file that has weights") from error
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file} is no whole safetensors file ({error})") from error
     except RuntimeError as error:

@@ -9,55 +9,88 @@ from pathlib import Path
 
 import timm
 
-from .data import TRAINING_IMAGES
+from . import paper
+from .data import SPLIT_SIZES
 from .errors import UserError
 from .options import Options
 from .run_folder import FREE_OPTIONS, Progress, RunFolder, read_config
 
 BOUND_OPTIONS = [field.name for field in fields(Options) if field.name not in FREE_OPTIONS]
+ENVIRONMENT = (
+    "processes",
+    "threads",
+    "device",
+    "processor",
+    "dynamo_backend",
+    "git_commit",
+    "timm_sd",
+    "python",
+    "torch",
+    "torchvision",
+    "timm",
+    "accelerate",
+)
+FIGURES = (
+    "epoch",
+    "lr",
+    "train_loss",
+    "train_error",
+    "active_blocks",
+    "conv1_gradient",
+    "images_per_second",
+    "validation_error",
+    "test_error",
+    "seconds",
+)
+
+
+def read_options(path: Path) -> Options:
+    """What the run of a folder was asked to be, without what leaves its weights alone.
+
+    Raises UserError if the folder holds no run, or one of another version of this package.
+    """
+    options = read_config(path)["options"]
+    try:
+        return Options(**{name: options[name] for name in BOUND_OPTIONS})
+    except KeyError as error:
+        raise UserError(f"{path / 'config.json'} has no option {error}: it is of another version or damaged") from error
+    except TypeError as error:
+        raise UserError(f"{path / 'config.json'} has an option that cannot be ({error}): it is damaged") from error
 
 
 @dataclass(frozen=True)
 class Record:
-    """A finished run: its config.json, and the figures of every epoch."""
+    """A finished run: what was asked for, where it ran, as `training.environment` says it, and its epochs' figures."""
 
     path: Path
-    config: dict
+    options: Options
+    mixed_precision: str
+    environments: list[dict]
     history: list[dict[str, float]]
 
     @classmethod
     def read(cls, path: Path) -> "Record":
-        """What a folder tells. Raises UserError if it holds no run, an unfinished one, or files of several."""
+        """What a folder tells. Raises UserError if it holds no run, an unfinished one, or damaged files."""
+        options, config = read_options(path), read_config(path)
+        missing = [name for name in ENVIRONMENT for where in config["environments"] if name not in where]
+        if "mixed_precision" not in config["options"]:
+            missing.append("mixed_precision")
+        if missing:
+            raise UserError(f"{path / 'config.json'} does not say {missing[0]}: it is of another version or damaged")
         metrics = RunFolder(path).metrics
         try:
             history = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-            epochs = [figures["epoch"] for figures in history]
+            if not all(isinstance(line[name], int | float) for line in history for name in FIGURES):
+                raise ValueError
         except FileNotFoundError:
-            history = epochs = []
+            history = []
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise UserError(f"{metrics} is damaged: train.py --resume writes it again") from error
-        record = cls(path, read_config(path), history)
-        asked = record.options.epochs
-        if epochs != list(range(1, asked + 1)):
+        if [line["epoch"] for line in history] != list(range(1, options.epochs + 1)):
             raise UserError(
-                f"{path} holds an unfinished run, {len(epochs)} of {asked} epochs: train.py --resume goes on with it"
+                f"{path} holds an unfinished run, {len(history)} of {options.epochs} epochs: train.py --resume goes on"
             )
-        return record
-
-    @cached_property
-    def options(self) -> Options:
-        """What the run was asked to be, without what leaves its weights alone."""
-        return Options(**{name: value for name, value in self.config["options"].items() if name in BOUND_OPTIONS})
-
-    @property
-    def mixed_precision(self) -> str:
-        """Accelerate's name of the precision it was trained in."""
-        return self.config["options"]["mixed_precision"]
-
-    @property
-    def environments(self) -> list[dict]:
-        """Where it ran, as `training.environment` says it."""
-        return self.config["environments"]
+        return cls(path, options, config["options"]["mixed_precision"], config["environments"], history)
 
     @property
     def best(self) -> dict[str, float]:
@@ -77,7 +110,7 @@ class Record:
     @property
     def steps(self) -> int:
         """An epoch."""
-        return math.ceil(TRAINING_IMAGES[self.options.dataset] / self.options.batch_size)
+        return math.ceil(SPLIT_SIZES[self.options.dataset][0] / self.options.batch_size)
 
     @cached_property
     def survival(self) -> list[float]:
@@ -97,18 +130,45 @@ class Record:
         return 2 * len(self.survival) + 2
 
     @property
+    def stochastic(self) -> bool:
+        """Whether it is of stochastic depth."""
+        return self.survival[-1] < 1
+
+    @property
+    def traits(self) -> dict[str, object]:
+        """All that makes the run what it is; those with equal traits are the same run."""
+        names = [name for name in BOUND_OPTIONS if name not in ("model", "drop_path", "drop_path_schedule")]
+        return dict(
+            depth=self.depth,
+            p_1=self.survival[0],
+            p_L=self.survival[-1],
+            **{name: getattr(self.options, name) for name in names},
+            mixed_precision=self.mixed_precision,
+        )
+
+    @property
+    def published(self) -> float | None:
+        """The published test error in percent of this network on this data set, None where there is none."""
+        trained = "stochastic" if self.stochastic else "constant"
+        if self.stochastic and (self.survival[-1] != 0.5 or self.options.drop_path_schedule != "linear"):
+            return None
+        return paper.TEST_ERROR.get((self.depth, trained, self.options.dataset))
+
+    @property
     def command(self) -> str:
         """What trains it again."""
-        defaults = Options()
         environment = self.environments[0]
-        words = ["accelerate", "launch"]
-        if environment["processes"] > 1:
-            words += ["--multi_gpu", "--num_processes", environment["processes"]]
-        if self.mixed_precision != "no":
-            words += ["--mixed_precision", self.mixed_precision]
-        if environment["dynamo_backend"] != "NO":
-            words += ["--dynamo_backend", environment["dynamo_backend"].lower()]
+        processes = environment["processes"]
+        if processes > 1 and environment["device"] == "cpu":
+            words = ["ACCELERATE_USE_CPU=1", "torchrun", "--nproc_per_node", processes]
+        else:
+            words = ["accelerate", "launch", *(["--multi_gpu", "--num_processes", processes] if processes > 1 else [])]
+            if self.mixed_precision != "no":
+                words += ["--mixed_precision", self.mixed_precision]
+            if environment["dynamo_backend"] != "NO":
+                words += ["--dynamo_backend", environment["dynamo_backend"].lower()]
         words += ["train_scripts/train.py", "--model", self.options.model]
+        defaults = Options()
         for name in BOUND_OPTIONS:
             value = getattr(self.options, name)
             if name != "model" and value != getattr(defaults, name):

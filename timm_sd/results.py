@@ -10,23 +10,32 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from . import paper
 from .errors import UserError
 from .figures import CONSTANT, STOCHASTIC, Groups, curves, kind, training_seconds
-from .record import BOUND_OPTIONS, Record
+from .record import Record
 
 TEMPLATE = "results.md.jinja"
+CAPTIONS = {
+    "figure3": "Test error (thick, left) and training loss (thin, right) by epoch, as the paper's Figure 3",
+    "figure2": "Survival probability by block and the share of steps it was active, as the paper's Figure 2",
+    "figure7": "Mean absolute gradient of the first convolution by epoch, as the paper's Figure 7",
+    "figure8": "Test error against p_L and against depth, as the paper's Figure 8",
+    "time": "Training time of an epoch, and its ratio beside the published ones",
+}
 
 
 def check_alike(records: Sequence[Record], but: Sequence[str]) -> None:
-    """Raise a UserError that names two runs and what they differ in, beside the options `but`."""
+    """Raise a UserError that names two runs and what they differ in, beside the traits `but`, or that are the same."""
     first = records[0]
     for record in records[1:]:
-        theirs = [getattr(record.options, name) for name in BOUND_OPTIONS] + [record.mixed_precision]
-        ours = [getattr(first.options, name) for name in BOUND_OPTIONS] + [first.mixed_precision]
-        for name, one, other in zip([*BOUND_OPTIONS, "mixed_precision"], ours, theirs, strict=True):
-            if name not in but and one != other:
+        for trait, value in record.traits.items():
+            if trait not in but and value != first.traits[trait]:
                 raise UserError(
-                    f"{first.path} and {record.path} are not to be mixed, they differ in {name} ({one}, {other}):"
-                    " draw them apart"
+                    f"{first.path} and {record.path} are not to be mixed, they differ in {trait}"
+                    f" ({first.traits[trait]}, {value}): draw them apart"
                 )
+    for index, record in enumerate(records):
+        for other in records[:index]:
+            if record.traits == other.traits:
+                raise UserError(f"{other.path} and {record.path} are the same run, of seed {record.options.seed}")
 
 
 def compare(records: Sequence[Record]) -> Groups:
@@ -34,21 +43,12 @@ def compare(records: Sequence[Record]) -> Groups:
 
     Raises UserError if there is another difference, in depth for example, or the same run twice.
     """
-    check_alike(records, but=("model", "seed", "drop_path", "drop_path_schedule"))
+    check_alike(records, but=("seed", "p_1", "p_L"))
     groups = {}
     for group in (CONSTANT, STOCHASTIC):
-        chosen = [record for record in records if kind(record) == group]
-        if not chosen:
-            continue
-        groups[group] = chosen
-        check_alike(chosen, but=("seed",))
-        for index, record in enumerate(chosen):
-            for other in chosen[:index]:
-                if record.options.seed == other.options.seed:
-                    raise UserError(f"{other.path} and {record.path} are the same run, of seed {record.options.seed}")
-    depths = {record.depth for record in records}
-    if len(depths) > 1:
-        raise UserError(f"these runs are of different depths ({', '.join(map(str, sorted(depths)))}): draw them apart")
+        if chosen := [record for record in records if kind(record) == group]:
+            check_alike(chosen, but=("seed",))
+            groups[group] = chosen
     return groups
 
 
@@ -63,12 +63,13 @@ def same_machine(groups: Groups) -> bool:
     return len(groups) == 2 and len(machines) == 1
 
 
-def page(groups: Groups, command: str) -> str:
-    """results.md: each run beside the paper, and what the runs say to each of its claims.
+def page(groups: Groups, sweep: Sequence[Record], figures: Sequence[str], command: str) -> str:
+    """results.md: each run beside the paper, the figures, and what the compared runs say to each of its claims.
 
-    `command` is what made it.
+    `figures` are the names of those drawn, keys of `CAPTIONS`; `command` is what made it all.
     """
-    records = [record for group in groups.values() for record in group]
+    compared = [record for group in groups.values() for record in group]
+    records = compared + [record for record in sweep if record.path not in {record.path for record in compared}]
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -76,8 +77,7 @@ def page(groups: Groups, command: str) -> str:
         group: dict(
             error=np.mean([record.best["test_error"] for record in chosen]),
             loss=np.mean([record.last["train_loss"] for record in chosen]),
-            gradient=curves(chosen, "conv1_gradient").mean(),
-            last_gradient=curves(chosen, "conv1_gradient")[:, -1].mean(),
+            gradients=curves(chosen, "conv1_gradient").mean(0),
             active=curves(chosen, "active_blocks").mean(),
             seconds=training_seconds(chosen),
         )
@@ -91,9 +91,10 @@ def page(groups: Groups, command: str) -> str:
         expected=sum(groups[STOCHASTIC][0].survival) if STOCHASTIC in groups else None,
         same_machine=same_machine(groups),
         epochs=records[0].options.epochs,
-        seeds=min(map(len, groups.values())),
-        published=paper.TEST_ERROR,
+        runs={group: len(chosen) for group, chosen in groups.items()},
+        published={group: chosen[0].published for group, chosen in groups.items()},
         published_seconds=paper.SECONDS,
         duration=lambda seconds: str(timedelta(seconds=round(seconds))),
+        figures={name: CAPTIONS[name] for name in CAPTIONS if name in figures},
         command=command,
     )

@@ -178,19 +178,27 @@ class RunFolder:
 
 
 def read_config(path: Path) -> dict:
-    """The config.json of a run's folder. Raises UserError if there is none."""
+    """The config.json of a run's folder, with `options` and `environments`. Raises UserError if there is none."""
     try:
-        return json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} holds no run: its config.json is missing or damaged") from error
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        if not isinstance(config["options"], dict) or not isinstance(config["environments"][0], dict):
+            raise TypeError
+        return config
+    except (OSError, ValueError, TypeError, LookupError) as error:
+        raise UserError(f"{path} holds no run: its config.json is missing, damaged or not a run's") from error
 
 
 def read_summary(path: Path) -> dict:
     """The summary.json of a run's folder. Raises UserError if there is none, so the run has not finished."""
     try:
-        return json.loads((path / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
+        if not isinstance(summary["sha256"], str):
+            raise TypeError
+        return summary
+    except FileNotFoundError as error:
         raise UserError(f"{path} holds an unfinished run, without summary.json: train.py --resume ends it") from error
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path / 'summary.json'} is damaged: train.py --resume writes it again") from error
 
 
 def _differences(there: dict, here: dict) -> str:

@@ -33,20 +33,22 @@ def main() -> None:
             drawn["time"] = figures.times(groups)
         else:
             print(f"no figure of time: that takes runs of {CONSTANT} and {STOCHASTIC} on one machine")
-        if args.sweep:
-            sweep = [Record.read(path) for path in args.sweep]
-            results.check_alike(sweep, but=("model", "seed", "drop_path", "drop_path_schedule"))
+        sweep = [Record.read(path) for path in args.sweep]
+        if sweep:
+            results.check_alike(sweep, but=("depth", "seed", "p_1", "p_L"))
             drawn["figure8"] = figures.sweep(sweep)
         command = shlex.join(["python", "train_scripts/figures.py", *sys.argv[1:]])
+        page = results.page(groups, sweep, list(drawn), command)
         try:
             args.out.mkdir(parents=True, exist_ok=True)
             for name, figure in drawn.items():
-                for suffix in ("png", "svg"):
-                    figures.save(figure, args.out / f"{name}.{suffix}")
-            (args.out / "results.md").write_text(results.page(groups, command), encoding="utf-8")
+                for file in (args.out / f"{name}.png", args.out / f"{name}.svg"):
+                    figures.save(figure, file)
+                    print(file)
+            (args.out / "results.md").write_text(page, encoding="utf-8")
+            print(args.out / "results.md")
         except OSError as error:
             raise UserError(f"cannot write to {args.out} ({error.strerror}): choose another --out") from error
-        print(*sorted(str(file) for file in args.out.iterdir()), sep="\n")
 
 
 if __name__ == "__main__":

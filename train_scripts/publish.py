@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 
 from timm_sd.command_line import Parser, one_line_errors
-from timm_sd.hub import check_repo_id, keep_card, make_folder, upload
+from timm_sd.hub import check_address, keep_card, make_folder, upload
 from timm_sd.record import Record
 
 
@@ -18,16 +18,19 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--private", action="store_true", help="the repository is to be seen by its owners only")
     parser.add_argument("--revision", help="the branch to commit to; main unless given")
     parser.add_argument("--dry-run", action="store_true", help="make the folder alone: no upload, no copy")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.repo_id is None and (args.private or args.revision is not None):
+        parser.error("--private and --revision go with --repo-id")
+    return args
 
 
 def main() -> None:
     args = parse_args()
     with one_line_errors("publish.py"):
         if args.repo_id is not None:
-            check_repo_id(args.repo_id)
+            check_address(args.repo_id, args.revision)
         record = Record.read(args.run)
-        name = args.repo_id.split("/")[1] if args.repo_id else record.options.tag
+        name = args.repo_id.split("/")[1] if args.repo_id else f"{record.options.model}.{record.options.dataset}"
         folder = make_folder(args.run, name, args.repo_id)
         for file in sorted(folder.iterdir()):
             print(f"{file.stat().st_size:>12,} bytes  {file}")

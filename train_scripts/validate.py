@@ -2,6 +2,7 @@
 
 import argparse
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import timm
@@ -15,7 +16,8 @@ from timm_sd.errors import UserError
 from timm_sd.evaluation import evaluate
 from timm_sd.options import DATASETS, Options
 from timm_sd.pretrained import load_weights
-from timm_sd.run_folder import RunFolder, read_config
+from timm_sd.record import read_options
+from timm_sd.run_folder import RunFolder
 from timm_sd.training import create_network, use_all_cores
 
 SPLITS = ("train", "validation", "test")
@@ -65,16 +67,11 @@ def drop_blocks(network: nn.Module, numbers: str) -> None:
 def main() -> None:
     args = parse_args()
     with one_line_errors("validate.py"):
-        if args.run is not None:
-            trained = read_config(args.run)["options"]
-        else:
-            trained = dict(model=args.model, dataset="cifar10", seed=0, drop_path=None, drop_path_schedule="linear")
-        options = Options(
-            model=trained["model"],
-            dataset=args.dataset or trained["dataset"],
-            drop_path=trained["drop_path"],
-            drop_path_schedule=trained["drop_path_schedule"],
-            seed=trained["seed"] if args.seed is None else args.seed,
+        options = read_options(args.run) if args.run is not None else Options(model=args.model)
+        options = replace(
+            options,
+            dataset=args.dataset or options.dataset,
+            seed=options.seed if args.seed is None else args.seed,
         )
         use_all_cores()
         accelerator = Accelerator()
