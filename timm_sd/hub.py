@@ -119,7 +119,7 @@ def upload(folder: Path, repo_id: str, private: bool, revision: str | None, mess
     """
     check_token()
     api = HfApi(library_name="timm-sd", library_version=__version__)
-    with _one_line_errors(repo_id):
+    with _as_user_errors(repo_id):
         api.create_repo(repo_id, private=private or None, exist_ok=True)
         if private and not api.model_info(repo_id).private:
             raise UserError(f"{repo_id} is there and public: make it private on the Hub, or leave out --private")
@@ -130,7 +130,7 @@ def upload(folder: Path, repo_id: str, private: bool, revision: str | None, mess
 
 
 @contextmanager
-def _one_line_errors(repo_id: str) -> Iterator[None]:
+def _as_user_errors(repo_id: str) -> Iterator[None]:
     """Turn what the client raises into a UserError."""
     failed = f"uploading to {repo_id} failed"
     again = "publish again, what the Hub has by then is not uploaded twice"

@@ -24,10 +24,16 @@ SCHEDULES = {
 def deviations(record: Record) -> list[str]:
     """What this run has not of the paper's protocol, beside what the README says of all runs."""
     theirs, ours = Options(), record.options
-    names = ("epochs", "batch_size", "lr", "lr_schedule", "weight_decay")
+    names = {
+        "epochs": "epochs",
+        "batch_size": "batch size",
+        "lr": "learning rate",
+        "lr_schedule": "learning rate schedule",
+        "weight_decay": "weight decay",
+    }
     found = [
-        f"{name.replace('_', ' ')} {getattr(ours, name)} (the paper's: {getattr(theirs, name)})"
-        for name in names
+        f"{words} {getattr(ours, name)} (the paper's: {getattr(theirs, name)})"
+        for name, words in names.items()
         if getattr(ours, name) != getattr(theirs, name)
     ]
     if record.stochastic and record.survival[-1] != 0.5:
@@ -53,7 +59,7 @@ def model_card(record: Record, network: CifarResNet, name: str, repo_id: str | N
     options, best = record.options, record.best
     dataset, hub_dataset = DATASETS[options.dataset], HUB_DATASETS.get(options.dataset)
     published = record.published
-    beside = f"the paper's {published}%" if published else "which the paper has no figure for"
+    beside = f"beside the paper's {published}%" if published else "which the paper has no figure for"
     result = dict(
         task_type="image-classification",
         task_name="Image Classification",
