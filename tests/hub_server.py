@@ -33,7 +33,7 @@ class Hub:
     """
 
     def __init__(self, address=("127.0.0.1", 0)):
-        self.root, self.server = None, None
+        self.root = None
         self.bind(address)
 
     def bind(self, address):

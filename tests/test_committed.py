@@ -1,10 +1,12 @@
 """What is committed of runs comes from their committed logs: figures, pages, cards and packaged weights."""
 
+import re
 from pathlib import Path
 
 import pytest
 from test_pretrained import NAMES, WEIGHTS
 
+from timm_sd.figures import training_seconds
 from timm_sd.model_card import model_card
 from timm_sd.record import Record
 from timm_sd.run_folder import read_summary
@@ -14,11 +16,18 @@ ROOT = Path(__file__).parents[1]
 CARDS = [ROOT / "model_cards" / name for name in NAMES]
 
 
+def texts(svg):
+    """All that is written in a figure: its labels, numbers and ticks."""
+    return re.findall(r"<!-- (.*?) -->", svg.read_text())
+
+
 def test_results(command, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     runs = [str(card.relative_to(ROOT)) for card in CARDS]
     assert command("figures", "--runs", *runs, "--out", tmp_path)[0] == 0
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in (ROOT / "results").iterdir()}
+    for file in tmp_path.glob("*.svg"):
+        assert texts(file) == texts(ROOT / "results" / file.name), file.name
     page = (ROOT / "results" / "results.md").read_text()
     command_line = f"python train_scripts/figures.py --runs {' '.join(runs)} --out results"
     assert (tmp_path / "results.md").read_text().replace(f"--out {tmp_path}", "--out results") == page
@@ -26,7 +35,11 @@ def test_results(command, tmp_path, monkeypatch):
     rows = [line for line in page.splitlines() if line.startswith("| `")]
     readme = (ROOT / "README.md").read_text()
     assert len(rows) == 2
-    assert all(text in readme for text in [*rows, command_line, *(Record.read(card).command for card in CARDS)])
+    records = [Record.read(card) for card in CARDS]
+    assert all(text in readme for text in [*rows, command_line, *(record.command for record in records)])
+    errors = [f"`{record.options.model}` errs in {record.best['test_error']:.2f}%" for record in records]
+    ratio = training_seconds(records[1:]) / training_seconds(records[:1])
+    assert all(text in " ".join(readme.split()) for text in [*errors, f"its ratio of times, {ratio:.3f},"])
 
 
 @pytest.mark.parametrize("folder", CARDS, ids=NAMES)
@@ -36,6 +49,8 @@ def test_cards(folder):
     assert str(card) == (folder / "README.md").read_text()
     assert f"{summary['sha256']}  {folder.name}.safetensors" in (WEIGHTS / "SHA256SUMS").read_text()
     assert summary["test_error"] == min(record.history, key=lambda line: line["validation_error"])["test_error"]
+    (use,) = re.findall(r"timm.create_model\(.*?\)", str(card).split("## Intended use")[0])
+    assert use == f'timm.create_model("{folder.name}", pretrained=True)'
     assert {path.name for path in folder.iterdir()} == {
         "README.md", "config.json", "curve.png", "metrics.jsonl", "summary.json",
     }  # fmt: skip

@@ -13,7 +13,6 @@ from timm_sd.errors import UserError
 from timm_sd.figures import CONSTANT, STOCHASTIC
 from timm_sd.record import Record
 
-ROOT = Path(__file__).parents[1]
 ENVIRONMENT = dict(
     processes=1, threads=2, device="cpu", dynamo_backend="NO", processor="a processor", git_commit="c0ffee",
     timm_sd="0.1.0", python="3.11.7", torch="2.15", torchvision="0.29", timm="1.0.31", accelerate="1.15",
@@ -206,7 +205,7 @@ def test_the_page(command, pair):
     assert "| `cifar_resnet20_sd`, synthetic | 0.5 | 2 | 8 | **14.00%** (epoch 7) | 19.00% |" in text
     assert "These runs are of 8 epochs where the paper's are of 500." in text
     assert text.count("Too short to say") == 2
-    assert "1 run(s) of constant and 2 of stochastic depth do not tell a difference from the spread" in text
+    assert "They are 1 of constant and 2 of stochastic depth; figures are means." in text
     assert "Here 12.00% to 12.00%: equal." in text
     assert "Here 45 s to 60 s an epoch, evaluation aside (medians): a ratio of 0.750" in text
     assert "larger with stochastic depth in 8 of 8 epochs: 0.02 to 0.01 in the first, 0.0025 to 0.00125" in text
@@ -329,6 +328,7 @@ def change(file, key, value=None):
             "a/config.json does not say processor: it is of another version .*",
         ),
         (lambda: change("config.json", "mixed_precision"), "a/config.json does not say mixed_precision: .*"),
+        (lambda: change("config.json", "mixed_precision", "fp8"), "a/config.json does not say mixed_precision: .*"),
         (
             lambda: change("metrics.jsonl", "test_error"),
             "a/metrics.jsonl is damaged: train.py --resume writes it again",
@@ -366,6 +366,38 @@ def test_the_published_figure_is_that_of_the_network(made_up):
         assert record.published == expected, folder
 
 
-def test_the_split_has_the_sizes_that_figures_reckon_with():
+def test_the_images_that_figures_reckon_with(made_up):
     learning, _ = data.load("synthetic", None)
-    assert tuple(map(len, data.split(learning, 0))) == data.SPLIT_SIZES["synthetic"]
+    assert made_up("a").images == len(data.split(learning, 0)[0]) == 4500
+    assert made_up("b", dataset="cifar10").images == 45_000
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "accelerate launch train_scripts/train.py"),
+        (
+            dict(processes=2, dynamo_backend="INDUCTOR"),
+            "ACCELERATE_USE_CPU=1 accelerate launch --multi_gpu --num_processes 2 --mixed_precision bf16"
+            " --dynamo_backend inductor train_scripts/train.py",
+        ),
+        (
+            dict(processes=4, device="a GPU"),
+            "accelerate launch --multi_gpu --num_processes 4 --mixed_precision bf16 train_scripts/train.py",
+        ),
+    ],
+)
+def test_the_command_that_trains_it_again(made_up, changes, words):
+    precision = "bf16" if changes else "no"
+    record = made_up("a", environment=changes, mixed_precision=precision, grad_checkpointing=True)
+    options = "--model cifar_resnet20_sd --dataset synthetic --epochs 8 --batch-size 500 --grad-checkpointing"
+    assert record.command == f"{words} {options}"
+
+
+def test_ticks_of_a_narrow_range(pair):
+    """In both halves of what is seen."""
+    (axes,) = figures.gradients(pair).axes
+    low, high = axes.get_ylim()
+    ticks = [tick for tick in (*axes.get_yticks(), *axes.get_yticks(minor=True)) if low < tick < high]
+    middle = (low * high) ** 0.5
+    assert min(ticks) < middle < max(ticks)

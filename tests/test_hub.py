@@ -155,6 +155,7 @@ def test_revision(publish, hub, run, tmp_path, branch):
     assert len(hub.commits(REPO, branch)) == 2
     assert hub.commits(REPO) == ["initial commit"]
     assert torch.equal(logits_of(load(f"hf-hub:{REPO}@{branch}", tmp_path / "cache")), logits_of_run(run))
+    assert f'timm.create_model("hf-hub:{REPO}@{branch}", pretrained=True)' in (run / "hub" / "README.md").read_text()
     with pytest.raises(RemoteEntryNotFoundError):
         load(f"hf-hub:{REPO}", tmp_path / "cache")
 

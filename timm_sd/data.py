@@ -16,8 +16,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 
 from .errors import UserError
 
-# Images to train on and to validate with, of those to learn from.
-SPLIT_SIZES = {"cifar10": (45_000, 5_000), "cifar100": (45_000, 5_000), "synthetic": (4_500, 500)}
+LEARNING_IMAGES = {"cifar10": 50_000, "cifar100": 50_000, "synthetic": 5_000}
 MAX_SHIFT = 4
 VALIDATION_SHARE = 0.1
 SHAPES = (
@@ -109,10 +108,16 @@ def draw_shapes(num_images: int, seed: int) -> ImageSet:
     return ImageSet(torch.from_numpy(images.clip(0, 255).astype(np.uint8)), torch.from_numpy(labels))
 
 
+def split_sizes(num_images: int) -> tuple[int, int]:
+    """How many of the images to learn from are for training and how many for validation."""
+    held_out = round(VALIDATION_SHARE * num_images)
+    return num_images - held_out, held_out
+
+
 def split(data: ImageSet, seed: int) -> tuple[ImageSet, ImageSet]:
     """A random split into nine tenths for training and one tenth for validation (45,000 and 5,000 of CIFAR's)."""
     order = torch.randperm(len(data), generator=_generator(seed, epoch=0))
-    held_out = round(VALIDATION_SHARE * len(data))
+    _, held_out = split_sizes(len(data))
     return data[order[held_out:]], data[order[:held_out]]
 
 

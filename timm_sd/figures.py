@@ -13,10 +13,9 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from . import paper
-from .data import SPLIT_SIZES
 from .errors import UserError
 from .record import Record
 from .stochastic_depth import SCHEDULES, draw_gates
@@ -44,7 +43,7 @@ def curves(records: Sequence[Record], name: str) -> np.ndarray:
 
 def training_seconds(records: Sequence[Record]) -> float:
     """Of an epoch without its evaluation, the median over epochs and runs."""
-    return float(np.median([SPLIT_SIZES[r.options.dataset][0] / curves([r], "images_per_second") for r in records]))
+    return float(np.median([r.images / curves([r], "images_per_second") for r in records]))
 
 
 def save(figure: Figure, file: Path) -> None:
@@ -72,6 +71,8 @@ def _plain_log(axes: Axes) -> None:
     plain = FuncFormatter(lambda value, _: f"{value:g}")
     low, high = axes.get_ylim()
     axes.yaxis.set_major_formatter(plain)
+    if high < 40 * low:
+        axes.yaxis.set_minor_locator(LogLocator(subs=(1.5, 2, 3, 4, 5, 6, 7, 8, 9)))
     axes.yaxis.set_minor_formatter(plain if high < 40 * low else NullFormatter())
 
 
@@ -102,6 +103,7 @@ def learning_curves(groups: Groups) -> Figure:
     losses = axes.twinx()
     losses.set_ylabel("training loss (cross-entropy)")
     best = {group: [record.best for record in records] for group, records in groups.items()}
+    epochs_in_all = next(iter(groups.values()))[0].options.epochs
     errors = {group: float(np.mean([line["test_error"] for line in lines])) for group, lines in best.items()}
     for group, records in groups.items():
         _draw(axes, group, records, "test_error", linewidth=2, label=f"test error, {group}")
@@ -109,31 +111,26 @@ def learning_curves(groups: Groups) -> Figure:
         _draw(losses, group, records, "train_loss", label=f"training loss, {group}", **thin)
         epochs = [line["epoch"] for line in best[group]]
         points = [line["test_error"] for line in best[group]]
-        axes.plot(epochs, points, MARKERS[group], color=COLOURS[group], markersize=7, zorder=4)
-        higher = group == max(errors, key=errors.get)
+        label = "at the lowest validation error"
+        axes.plot(epochs, points, MARKERS[group], color=COLOURS[group], markersize=7, zorder=4, label=label)
+        # To the right of the last epoch, where no line is in its way; the higher one upwards.
         axes.annotate(
             f"{errors[group]:.2f}%",
-            (float(np.mean(epochs)), errors[group]),
-            (0, 10 if higher else -10),
+            (epochs_in_all, errors[group]),
+            (10, 0),
             textcoords="offset points",
-            ha="center",
-            va="bottom" if higher else "top",
+            va="bottom" if group == max(errors, key=errors.get) else "top",
             color=COLOURS[group],
             fontweight="bold",
-            bbox=dict(facecolor="white", edgecolor="none", alpha=0.7, pad=0.5),
-            zorder=5,
         )
     _plain_log(losses)
     for index, epoch in enumerate(learning_rate_drops(next(iter(groups.values()))[0])):
         axes.axvline(epoch, color=GREY, linewidth=1, linestyle=":", label=None if index else "learning rate ÷ 10")
-    axes.plot([], [], MARKERS[group], color=GREY, label="lowest validation error, and the test error there")
-    # Of a long run, the first epochs would press all that is to be seen together. Below 0 is room for a label.
-    seen = [curves(records, "test_error")[:, records[0].options.epochs // 20 :] for records in groups.values()]
-    top = 1.1 * max(errors.max() for errors in seen)
-    axes.set_ylim(-0.1 * top, top)
-    axes.margins(x=0.06)
-    axes.set_zorder(losses.get_zorder() + 1)  # so that labels stand over both kinds of lines
-    axes.patch.set_visible(False)
+    # Of a long run, the first epochs would press all that is to be seen together.
+    seen = [curves(records, "test_error")[:, epochs_in_all // 20 :] for records in groups.values()]
+    axes.set_ylim(0, 1.1 * max(errors.max() for errors in seen))
+    axes.set_xlim(1 - 0.05 * epochs_in_all, 1.18 * epochs_in_all)
+    axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick <= epochs_in_all])
     figure.legend(loc="outside upper center", ncols=2, frameon=False)
     return figure
 
@@ -199,7 +196,7 @@ def times(groups: Groups) -> Figure:
     constant, stochastic = (training_seconds(groups[group]) for group in (CONSTANT, STOCHASTIC))
     records = groups[STOCHASTIC]
     share = curves(records, "active_blocks").mean() / len(records[0].survival)
-    images = SPLIT_SIZES[records[0].options.dataset][0]
+    images = records[0].images
     perfect = "perfect skipping\nof equal blocks"
     figure, (left, right) = _new_figure(2, width=10)
     names = ("constant\ndepth", "stochastic\ndepth", perfect)

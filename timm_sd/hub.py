@@ -23,8 +23,10 @@ from .run_folder import RunFolder, read_summary
 from .training import create_network
 
 
-def make_folder(run: Path, name: str, repo_id: str | None = None) -> Path:
+def make_folder(run: Path, name: str, address: str | None = None) -> Path:
     """The folder `hub` within a finished run's: a timm Hub repository called `name`, and still the folder of a run.
+
+    `address` is where it will be on the Hub, NAMESPACE/NAME or NAMESPACE/NAME@REVISION, for the card to say.
 
     It is a function of the run's files, to the byte with the same Matplotlib. Raises UserError if the run has not
     finished, or its weights are not those that it ended with; what was published before then stays as it was.
@@ -58,13 +60,15 @@ def make_folder(run: Path, name: str, repo_id: str | None = None) -> Path:
         for file in (files.metrics, files.summary):
             shutil.copyfile(file, partial / file.name)
         figures.save(figures.learning_curves({figures.kind(record): [record]}), partial / "curve.png")
-        model_card(record, network, name, repo_id, summary["sha256"]).save(partial / "README.md")
+        model_card(record, network, name, address, summary["sha256"]).save(partial / "README.md")
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
             folder.rename(old)
         partial.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"cannot write to {run} ({reason}): make room, and publish again") from error
     finally:
@@ -76,7 +80,7 @@ def keep_card(folder: Path, cards: Path) -> None:
     """Copy all of a repository's folder but the weights, to be kept under version control. Raises UserError."""
     try:
         shutil.copytree(folder, cards, dirs_exist_ok=True, ignore=shutil.ignore_patterns(WEIGHTS_FILE))
-    except (OSError, shutil.Error) as error:
+    except OSError as error:
         reason = error.strerror or " ".join(str(error).split())
         raise UserError(f"cannot write to {cards} ({reason}): copy {folder} there, all but its weights") from error
 

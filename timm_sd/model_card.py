@@ -7,7 +7,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from . import pretrained
 from .cifar_resnet import CifarResNet
-from .data import SPLIT_SIZES
+from .data import LEARNING_IMAGES, split_sizes
 from .options import Options
 from .record import Record
 
@@ -51,12 +51,15 @@ def deviations(record: Record) -> list[str]:
     return found
 
 
-def model_card(record: Record, network: CifarResNet, name: str, repo_id: str | None, sha256: str) -> ModelCard:
-    """The card of what `record` tells and its network, called `name`, to be published as `repo_id` if that is given.
+def model_card(record: Record, network: CifarResNet, name: str, address: str | None, sha256: str) -> ModelCard:
+    """The card of what `record` tells and its network, called `name`.
 
-    Its weights' SHA-256 tells whether they are also those of the package.
+    `address` is where it will be on the Hub, NAMESPACE/NAME or NAMESPACE/NAME@REVISION, None if it will not. The
+    weights' SHA-256 tells whether they are also those of the package.
     """
     options, best = record.options, record.best
+    where = record.environments[0]
+    on_cpu = where["device"] == "cpu"
     dataset, hub_dataset = DATASETS[options.dataset], HUB_DATASETS.get(options.dataset)
     published = record.published
     beside = f"beside the paper's {published}%" if published else "which the paper has no figure for"
@@ -104,7 +107,7 @@ def model_card(record: Record, network: CifarResNet, name: str, repo_id: str | N
         stochastic=record.stochastic,
         parameters=sum(parameter.numel() for parameter in network.parameters()),
         classes=network.num_classes,
-        repo_id=repo_id,
+        address=address,
         tag=options.tag,
         packaged=pretrained.recorded_sha256s().get(f"{options.tag}.safetensors") == sha256,
         dataset=dataset,
@@ -112,7 +115,7 @@ def model_card(record: Record, network: CifarResNet, name: str, repo_id: str | N
         best=best,
         last=record.last,
         paper=f"{published}%" if published else "",
-        sizes=SPLIT_SIZES[options.dataset],
+        sizes=split_sizes(LEARNING_IMAGES[options.dataset]),
         schedule=SCHEDULES[options.lr_schedule].format(lr=options.lr),
         survival=(
             f"survival probabilities {options.drop_path_schedule}, p_L = {record.survival[-1]:g}"
@@ -122,7 +125,7 @@ def model_card(record: Record, network: CifarResNet, name: str, repo_id: str | N
         precision=PRECISIONS[record.mixed_precision],
         environments=record.environments,
         command=record.command,
-        on_cpu=all(where["device"] == "cpu" for where in record.environments),
+        cores=where["processes"] * where["threads"] if record.environments == [where] and on_cpu else None,
         duration=str(timedelta(seconds=round(record.seconds))),
         plain=options.model.removesuffix("_sd"),
     )

@@ -38,7 +38,10 @@ def packaged() -> list[str]:
 
 
 def check_source(cfg: PretrainedCfg) -> None:
-    """Raise a RuntimeError unless weights of this configuration can be loaded, and are what they are said to be."""
+    """Raise a RuntimeError unless there is a safetensors file to load, whole and, if packaged, with its recorded hash.
+
+    What is on the Hub is the client's to check.
+    """
     name = f"{cfg.architecture}.{cfg.tag}" if cfg.tag else cfg.architecture
     if cfg.source == "local-dir":
         if not (Path(cfg.file) / WEIGHTS_FILE).is_file():

@@ -10,7 +10,7 @@ from pathlib import Path
 import timm
 
 from . import paper
-from .data import SPLIT_SIZES
+from .data import LEARNING_IMAGES, split_sizes
 from .errors import UserError
 from .options import Options
 from .run_folder import FREE_OPTIONS, Progress, RunFolder, read_config
@@ -49,9 +49,12 @@ def read_options(path: Path) -> Options:
 
     Raises UserError if the folder holds no run, or one of another version of this package.
     """
-    options = read_config(path)["options"]
+    return _options(path, read_config(path))
+
+
+def _options(path: Path, config: dict) -> Options:
     try:
-        return Options(**{name: options[name] for name in BOUND_OPTIONS})
+        return Options(**{name: config["options"][name] for name in BOUND_OPTIONS})
     except KeyError as error:
         raise UserError(f"{path / 'config.json'} has no option {error}: it is of another version or damaged") from error
     except TypeError as error:
@@ -71,9 +74,10 @@ class Record:
     @classmethod
     def read(cls, path: Path) -> "Record":
         """What a folder tells. Raises UserError if it holds no run, an unfinished one, or damaged files."""
-        options, config = read_options(path), read_config(path)
+        config = read_config(path)
+        options = _options(path, config)
         missing = [name for name in ENVIRONMENT for where in config["environments"] if name not in where]
-        if "mixed_precision" not in config["options"]:
+        if config["options"].get("mixed_precision") not in ("no", "bf16"):
             missing.append("mixed_precision")
         if missing:
             raise UserError(f"{path / 'config.json'} does not say {missing[0]}: it is of another version or damaged")
@@ -108,9 +112,14 @@ class Record:
         return sum(figures["seconds"] for figures in self.history)
 
     @property
+    def images(self) -> int:
+        """Those trained with in an epoch."""
+        return split_sizes(LEARNING_IMAGES[self.options.dataset])[0]
+
+    @property
     def steps(self) -> int:
         """An epoch."""
-        return math.ceil(SPLIT_SIZES[self.options.dataset][0] / self.options.batch_size)
+        return math.ceil(self.images / self.options.batch_size)
 
     @cached_property
     def survival(self) -> list[float]:
@@ -158,15 +167,15 @@ class Record:
     def command(self) -> str:
         """What trains it again."""
         environment = self.environments[0]
-        processes = environment["processes"]
-        if processes > 1 and environment["device"] == "cpu":
-            words = ["ACCELERATE_USE_CPU=1", "torchrun", "--nproc_per_node", processes]
-        else:
-            words = ["accelerate", "launch", *(["--multi_gpu", "--num_processes", processes] if processes > 1 else [])]
-            if self.mixed_precision != "no":
-                words += ["--mixed_precision", self.mixed_precision]
-            if environment["dynamo_backend"] != "NO":
-                words += ["--dynamo_backend", environment["dynamo_backend"].lower()]
+        words = ["accelerate", "launch"]
+        if environment["processes"] > 1:
+            words += ["--multi_gpu", "--num_processes", environment["processes"]]
+            if environment["device"] == "cpu":  # what makes --multi_gpu start processes without a GPU
+                words = ["ACCELERATE_USE_CPU=1", *words]
+        if self.mixed_precision != "no":
+            words += ["--mixed_precision", self.mixed_precision]
+        if environment["dynamo_backend"] != "NO":
+            words += ["--dynamo_backend", environment["dynamo_backend"].lower()]
         words += ["train_scripts/train.py", "--model", self.options.model]
         defaults = Options()
         for name in BOUND_OPTIONS:

@@ -31,7 +31,8 @@ def main() -> None:
             check_address(args.repo_id, args.revision)
         record = Record.read(args.run)
         name = args.repo_id.split("/")[1] if args.repo_id else f"{record.options.model}.{record.options.dataset}"
-        folder = make_folder(args.run, name, args.repo_id)
+        address = f"{args.repo_id}@{args.revision}" if args.revision is not None else args.repo_id
+        folder = make_folder(args.run, name, address)
         for file in sorted(folder.iterdir()):
             print(f"{file.stat().st_size:>12,} bytes  {file}")
         if args.dry_run:
