@@ -13,7 +13,8 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from timm_sd import stochastic_blocks
+from timm_sd import gates
+from timm_sd.stochastic_depth import stochastic_blocks
 
 NAMES = [f"cifar_resnet{depth}{suffix}" for depth in (20, 32, 44, 56, 110, 1202) for suffix in ("", "_sd")]
 
@@ -51,9 +52,10 @@ def test_size(name):
     convolutions += [(16, 32)] + [(32, 32)] * (2 * n - 1) + [(32, 64)] + [(64, 64)] * (2 * n - 1)
     expected = sum(9 * inputs * outputs + 2 * outputs for inputs, outputs in convolutions) + 64 * 10 + 10
     assert sum(parameter.numel() for parameter in network.parameters()) == expected
-    assert len(stochastic_blocks(network)) == len(network.survival) == 3 * n
-    expected_final = 0.5 if name.endswith("_sd") else 1.0
-    assert stochastic_blocks(network)[-1].survival == expected_final
+    assert len(stochastic_blocks(network)) == len(gates(network)) == 3 * n
+    final = 0.5 if name.endswith("_sd") else 1.0
+    expected = [1 - b / (3 * n) * (1 - final) for b in range(1, 3 * n + 1)]
+    assert [gate.survival for gate in gates(network)] == pytest.approx(expected)
 
 
 def test_published_sizes():
@@ -132,7 +134,7 @@ def test_init_weights_restores_everything():
     torch.manual_seed(0)
     network.init_weights()
     for key, value in network.state_dict().items():
-        if "running" in key or key in ("survival",) or key.endswith(("tracked", "bn1.bias", "bn2.bias")):
+        if "running" in key or key.endswith(("survival", "tracked", "bn1.bias", "bn2.bias")):
             assert torch.equal(value, fresh.state_dict()[key]), key
         assert not (value == 77).any(), key
 
@@ -153,7 +155,7 @@ def test_other_image_sizes(size):
         ("drop_path_rate", -0.1, r"drop_path_rate=-0\.1, but it must lie in \[0, 1\)"),
         ("drop_path_rate", float("nan"), r"drop_path_rate=nan, but it must lie in \[0, 1\)"),
         ("drop_path_schedule", "cosine", r"drop_path_schedule='cosine', but it must be one of 'linear', 'uniform'"),
-        ("drop_path_mode", "pixel", r"drop_path_mode='pixel', but it must be one of 'batch', 'row'"),
+        ("drop_path_mode", "pixel", r"drop_path_mode='pixel', but it must be one of 'batch', 'row', 'count'"),
         ("drop_rate", 1.5, r"drop_rate=1\.5, but it must lie in \[0, 1\]"),
         ("global_pool", "median", r"global_pool='median', but it must be one of 'avg', 'max'"),
         ("global_pool", "", r"global_pool='' goes with num_classes=0 only"),
@@ -172,9 +174,11 @@ def test_wrong_argument_of_reset_classifier():
 
 
 def test_arguments_reach_the_blocks():
-    blocks = stochastic_blocks(create("cifar_resnet20", drop_path_rate=0.2, drop_path_schedule="uniform"))
-    assert [block.survival for block in blocks] == [0.8] * 9
-    assert {block.mode for block in stochastic_blocks(create(drop_path_mode="row"))} == {"row"}
+    uniform = gates(create("cifar_resnet20", drop_path_rate=0.2, drop_path_schedule="uniform"))
+    assert [gate.survival for gate in uniform] == [0.8] * 9
+    assert {gate.mode for gate in uniform} == {"batch"}
+    for mode in ("batch", "row", "count"):
+        assert [gate.mode for gate in gates(create(drop_path_mode=mode))] == [mode] * 9
 
 
 def test_dropout_before_the_classifier():
@@ -282,6 +286,26 @@ def test_exports():
         torch.testing.assert_close(torch.jit.trace(network, x)(x), expected)
 
 
+def test_torchscript_does_not_train_with_stochastic_depth():
+    """It would compute every block; a plain network trains as it does without."""
+    network = create().eval()
+    scripted = torch.jit.script(network)
+    torch.testing.assert_close(scripted(images()), network(images()))
+    message = r"RuntimeError: TorchScript does not train with stochastic depth: call eval\(\), or use torch.compile"
+    for training in (scripted.train(), torch.jit.script(create().train())):
+        with pytest.raises(torch.jit.Error, match=message):
+            training(images())
+
+    plain = create("cifar_resnet20").train()
+    scripted = torch.jit.script(copy.deepcopy(plain))
+    outputs = [network(images()) for network in (plain, scripted)]
+    for output in outputs:
+        output.square().sum().backward()
+    torch.testing.assert_close(*outputs)
+    for parameter, other in zip(plain.parameters(), scripted.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, other.grad)
+
+
 def test_plain_network_trains_in_one_graph():
     torch.manual_seed(0)
     network = create("cifar_resnet20").train()
@@ -304,4 +328,5 @@ def test_moving_average():
         network.conv1.weight += 1
     average.update(network)
     torch.testing.assert_close(average.module.conv1.weight, before + 0.1)
-    assert torch.equal(average.module.survival, network.survival)
+    state = average.module.state_dict()
+    assert [state[key] for key in state if key.endswith("survival")] == [gate.survival for gate in gates(network)]

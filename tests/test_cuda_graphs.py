@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 
-from timm_sd import cuda_graphs, draw_gates, stochastic_depth, training, use_gates
+from timm_sd import cuda_graphs, draw_gates, gate, training, use_gates
 from timm_sd.options import Options
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -95,7 +95,7 @@ def test_kept_blocks_are_replayed_and_dropped_ones_are_not(device, monkeypatch):
     _, graphed = make_twins("cifar_resnet20_sd", device)
     replayed = []
     for index, block in enumerate(block for stage in graphed.stages for block in stage):
-        graphs = block._kept.__self__
+        graphs = block.forward.__self__
         for name in ("replay_forward", "replay_backward"):
             replay = getattr(graphs, name)
             monkeypatch.setattr(
@@ -113,7 +113,7 @@ def test_kept_blocks_are_replayed_and_dropped_ones_are_not(device, monkeypatch):
 def test_a_dropped_block_makes_no_gradients(device, monkeypatch):
     """They are zero as they stand, where eager training has to make them."""
     _, graphed = make_twins("cifar_resnet20_sd", device)
-    monkeypatch.setattr(stochastic_depth._Dropped, "apply", None)
+    monkeypatch.setattr(gate._ZeroGradients, "apply", None)
     addresses = [parameter.grad.data_ptr() for parameter in graphed.parameters()]
     images, labels = next(batches(device))
     with use_gates(graphed, torch.arange(9) % 2 == 0):

@@ -21,7 +21,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 
-from timm_sd import training
+from timm_sd import gates, training
 from timm_sd.options import Options
 from timm_sd.record import Record
 
@@ -108,9 +108,7 @@ def test_load_in_a_fresh_cache(publish, hub, run, tmp_path):
     hub.requests.clear()
     network = load(f"hf-hub:{REPO}", tmp_path / "cache")
     assert torch.equal(logits_of(network), logits_of_run(run))
-    assert [block.survival for block in network.modules() if hasattr(block, "survival") and hasattr(block, "gate")] == (
-        pytest.approx([1 - b / 9 * 0.4 for b in range(1, 10)])
-    )
+    assert [gate.survival for gate in gates(network)] == pytest.approx([1 - b / 9 * 0.4 for b in range(1, 10)])
     assert network.pretrained_cfg["label_names"][0] == "disc"
     assert {line.split("/")[-1] for line in hub.requests} == {"config.json", "model.safetensors"}
 
@@ -125,6 +123,19 @@ def test_a_loaded_network_adapts_as_any_of_timms(publish, run, tmp_path):
     assert len(load(name, cache, features_only=True)(torch.randn(2, 3, 32, 32))) == 3
     folder = f"local-dir:{run / 'hub'}"
     assert torch.equal(logits_of(timm.create_model(folder, pretrained=True)), expected)
+
+
+def test_the_plain_twins_weights_are_the_function_without_probabilities(publish, run, tmp_path):
+    """Which the card says for code that knows none: entries `survival` of 1, as if they were not there."""
+    publish()
+    model = load(f"hf-hub:{REPO}", tmp_path / "cache")
+    plain = timm.create_model("cifar_resnet20", num_classes=10)
+    plain.load_state_dict(model.state_dict())
+    state = plain.state_dict()
+    assert [value.item() for key, value in state.items() if key.endswith("survival")] == [1.0] * 9
+    unknowing = timm.create_model("cifar_resnet20")
+    unknowing.load_state_dict({key: state[key] for key in state if not key.endswith("survival")}, strict=False)
+    torch.testing.assert_close(logits_of(unknowing), logits_of_run(run), rtol=1e-4, atol=1e-4)
 
 
 def test_private(publish, hub, tmp_path, monkeypatch):
@@ -285,12 +296,13 @@ def test_weights_of_another_architecture(publish, hub, tmp_path):
 def test_weights_that_lack_one(publish, hub, tmp_path):
     """Also where timm no longer asks for all of them, for other classes."""
     publish()
-    weights = timm.create_model("cifar_resnet20_sd").state_dict()
-    del weights["bn1.bias"]
-    save_file(weights, tmp_path / "other.safetensors")
-    hub.commit(REPO, "main", {"model.safetensors": (tmp_path / "other.safetensors").read_bytes()}, "other weights")
-    with pytest.raises(RuntimeError, match=r"another network, 'bn1.bias' is in one of them only"):
-        load(f"hf-hub:{REPO}", tmp_path / "cache", num_classes=3)
+    for key in ("bn1.bias", "stages.0.1.survival"):
+        weights = timm.create_model("cifar_resnet20_sd").state_dict()
+        del weights[key]
+        save_file(weights, tmp_path / "other.safetensors")
+        hub.commit(REPO, "main", {"model.safetensors": (tmp_path / "other.safetensors").read_bytes()}, "other weights")
+        with pytest.raises(RuntimeError, match=re.escape(f"another network, '{key}' is in one of them only")):
+            load(f"hf-hub:{REPO}", tmp_path / "cache", num_classes=3)
 
 
 def test_a_truncated_file_of_a_folder(publish, run):
@@ -494,6 +506,8 @@ def test_the_card_says_what_the_run_says(publish, hub, run, tmp_path):
         " drawn shapes (the paper's: CIFAR). Its errors say what 2 epochs give, and nothing of what 500 do.\n" in text
     )
     assert f'timm.create_model("hf-hub:{REPO}", pretrained=True)' in text
+    assert "an entry of its own for each block, such as `stages.0.0.survival`." in text
+    assert '\nplain = timm.create_model("cifar_resnet20", num_classes=10)\nplain.load_state_dict(' in text
     assert (
         "accelerate launch train_scripts/train.py --model cifar_resnet20_sd --dataset synthetic --epochs 2"
         " --batch-size 64 --drop-path 0.4\n" in text

@@ -7,7 +7,7 @@ import timm
 import torch
 from safetensors.torch import load_model, save_file
 
-from timm_sd import stochastic_blocks
+from timm_sd import CifarResNet, gates
 
 TARGETS = {
     "plain": dict(model_name="cifar_resnet20"),
@@ -16,6 +16,7 @@ TARGETS = {
     "no rate": dict(model_name="cifar_resnet20_sd", drop_path_rate=0.0),
     "uniform": dict(model_name="cifar_resnet20_sd", drop_path_schedule="uniform"),
     "row": dict(model_name="cifar_resnet20_sd", drop_path_rate=0.2, drop_path_mode="row"),
+    "count": dict(model_name="cifar_resnet20_sd", drop_path_rate=0.6, drop_path_mode="count"),
     "plain with a rate": dict(model_name="cifar_resnet20", drop_path_rate=0.3),
 }
 
@@ -47,6 +48,24 @@ def images():
 def assert_same_function(network, trained):
     with torch.inference_mode():
         torch.testing.assert_close(network.eval()(images()), trained(images()), rtol=1e-4, atol=1e-5)
+
+
+def assert_same_features(features, trained, groups=3):
+    """Of an extractor, those of the first groups; `trained` is a whole network."""
+    with torch.inference_mode():
+        outputs = features.eval()(images())
+        outputs = list(outputs.values()) if isinstance(outputs, dict) else outputs
+        expected = trained.forward_intermediates(images(), intermediates_only=True)
+        for output, value in zip(outputs, expected[:groups], strict=True):
+            torch.testing.assert_close(output, value, rtol=1e-4, atol=1e-5)
+
+
+def survival_of(state):
+    """The entries of a state dict that say the blocks' survival probabilities."""
+    return {key: value.item() for key, value in state.items() if key.endswith(".survival")}
+
+
+BLOCKS = [f"stages.{stage}.{block}" for stage in range(3) for block in range(3)]
 
 
 def by_load_state_dict(trained, checkpoint, **target):
@@ -107,8 +126,9 @@ WAYS = [
 def test_function_is_kept(trained, checkpoint, way, target):
     network = way(trained, checkpoint, **TARGETS[target])
     assert_same_function(network, trained)
-    expected = torch.tensor([block.survival for block in stochastic_blocks(network)])
-    assert torch.equal(network.survival, expected), "the buffer no longer tells the network's own probabilities"
+    own = [gate.survival for gate in gates(timm.create_model(**TARGETS[target]))]
+    assert [gate.survival for gate in gates(network)] == own, "loading changed the network's own probabilities"
+    assert list(survival_of(network.state_dict()).values()) == pytest.approx(own)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -120,19 +140,63 @@ def test_equal_probabilities_load_bit_for_bit(trained, checkpoint, way):
 
 
 def test_twins_share_every_key():
-    plain, stochastic = timm.create_model("cifar_resnet20"), timm.create_model("cifar_resnet20_sd")
-    assert list(plain.state_dict()) == list(stochastic.state_dict())
-    assert torch.equal(plain.survival, torch.ones(9))
-    assert stochastic.survival.tolist() == pytest.approx([1 - b / 18 for b in range(1, 10)])
+    plain, stochastic = (timm.create_model(name).state_dict() for name in ("cifar_resnet20", "cifar_resnet20_sd"))
+    assert list(plain) == list(stochastic)
+    keys = [f"{block}.survival" for block in BLOCKS]
+    assert survival_of(plain) == dict.fromkeys(keys, 1.0)
+    assert survival_of(stochastic) == pytest.approx({key: 1 - b / 18 for b, key in enumerate(keys, start=1)})
+    for value in (stochastic[key] for key in keys):
+        assert (value.dtype, value.shape, value.device.type) == (torch.float32, (), "cpu")
 
 
-def test_without_the_buffer_it_is_plain(trained):
+def test_probabilities_that_were_changed_travel(trained):
+    """Those that the gates have when the network is saved count, not those that it was made with."""
+    changed, plain = timm.create_model("cifar_resnet20_sd"), timm.create_model("cifar_resnet20")
+    changed.load_state_dict(trained.state_dict())
+    for index, gate in enumerate(gates(changed), start=1):
+        gate.survival = 0.05 * index
+    assert list(survival_of(changed.state_dict()).values()) == pytest.approx([0.05 * index for index in range(1, 10)])
+    with torch.inference_mode():
+        difference = changed.eval()(images()) - trained(images())
+    assert difference.abs().max() > 0.1, "other probabilities are another function"
+    plain.load_state_dict(changed.state_dict())
+    assert_same_function(plain, changed)
+    trained_again = timm.create_model("cifar_resnet20_sd")
+    trained_again.load_state_dict(changed.state_dict())
+    assert_same_function(trained_again, changed)
+
+
+@pytest.mark.parametrize("missing", [BLOCKS, BLOCKS[4:5]])
+def test_without_its_entry_a_block_loads_as_is(trained, missing):
+    state = {key: value for key, value in trained.state_dict().items() if key.removesuffix(".survival") not in missing}
+    network = timm.create_model("cifar_resnet20", drop_path_rate=0.2)
+    own = [gate.survival for gate in gates(network)]
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "stages') as error:
+        network.load_state_dict(state)
+    assert all(f'"{block}.survival"' in str(error.value) for block in missing)
+    network = timm.create_model("cifar_resnet20", drop_path_rate=0.2)
+    incompatible = network.load_state_dict(state, strict=False)
+    assert incompatible.missing_keys == [f"{block}.survival" for block in missing]
+    assert incompatible.unexpected_keys == []
+    loaded = network.state_dict()
+    for block, p, trained_p in zip(BLOCKS, own, [1 - b / 18 for b in range(1, 10)], strict=True):
+        for name in ("weight", "bias"):
+            key = f"{block}.branch.bn2.{name}"
+            if block in missing:
+                assert torch.equal(loaded[key], state[key])
+            else:
+                torch.testing.assert_close(loaded[key], state[key] * trained_p / p)
+
+
+def test_other_codes_plain_weights(trained):
+    """They have no survival probabilities: those are 1."""
     plain = by_load_state_dict(trained, None, **TARGETS["plain"])
-    state = plain.state_dict()
-    del state["survival"]
-    network = timm.create_model("cifar_resnet20_sd")
-    network.load_state_dict(state)
-    assert_same_function(network, trained)
+    weights = {key: value for key, value in plain.state_dict().items() if not key.endswith("survival")}
+    model = timm.create_model("cifar_resnet20_sd")
+    ones = {key: torch.ones(()) for key in model.state_dict() if key.endswith("survival")}
+    assert len(ones) == 9
+    model.load_state_dict({**weights, **ones})
+    assert_same_function(model, trained)
 
 
 def test_what_is_loaded_stays_as_it_is(trained):
@@ -143,21 +207,45 @@ def test_what_is_loaded_stays_as_it_is(trained):
     assert all(torch.equal(state[key], before[key]) for key in before)
 
 
-def test_features_only(trained, checkpoint):
-    features = by_pretrained(trained, checkpoint, model_name="cifar_resnet20", features_only=True).eval()
-    with torch.inference_mode():
-        expected = trained.forward_intermediates(images(), intermediates_only=True)
-        for output, value in zip(features(images()), expected, strict=True):
-            torch.testing.assert_close(output, value, rtol=1e-4, atol=1e-5)
+EXTRACTORS = ["list", "dict", "hook", "getter", "fx"]
 
 
-def test_features_only_state_dict_into_another(trained, checkpoint):
-    source = by_pretrained(trained, checkpoint, model_name="cifar_resnet20_sd", features_only=True, out_indices=(0, 1))
-    target = timm.create_model("cifar_resnet20", features_only=True, out_indices=(0, 1))
-    target.load_state_dict(source.state_dict())
-    with torch.inference_mode():
-        for output, value in zip(target.eval()(images()), source.eval()(images()), strict=True):
-            torch.testing.assert_close(output, value, rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("feature_cls", EXTRACTORS)
+@pytest.mark.parametrize("out_indices", [(0, 1, 2), (0, 1)])
+def test_features_only(trained, checkpoint, feature_cls, out_indices):
+    """Of a checkpoint with other probabilities, and then from one extractor into another."""
+    kwargs = dict(features_only=True, feature_cls=feature_cls, out_indices=out_indices)
+    plain = by_pretrained(trained, checkpoint, model_name="cifar_resnet20", **kwargs)
+    same = by_pretrained(trained, checkpoint, model_name="cifar_resnet20_sd", **kwargs)
+    for extractor in (plain, same):
+        assert_same_features(extractor, trained, len(out_indices))
+    for source, target in ((plain, dict(drop_path_rate=0.7)), (same, {})):
+        extractor = timm.create_model("cifar_resnet20", **kwargs, **target)
+        extractor.load_state_dict(source.state_dict())
+        assert_same_features(extractor, trained, len(out_indices))
+
+
+def test_features_only_by_default(trained, checkpoint):
+    features = by_pretrained(trained, checkpoint, model_name="cifar_resnet20", features_only=True)
+    assert_same_features(features, trained)
+    assert type(features) is timm.models.FeatureListNet
+
+
+@pytest.mark.parametrize(
+    ("feature_cls", "renamed"),
+    [
+        *[(name, lambda key: key.replace("stages.", "stages_")) for name in ("list", "dict", "hook")],
+        ("getter", lambda key: f"model.{key}"),
+        ("fx", lambda key: f"graph_module.{key}"),
+    ],
+)
+def test_a_networks_weights_into_an_extractor(trained, feature_cls, renamed):
+    """By the names that the extractor has for them."""
+    features = timm.create_model("cifar_resnet20", features_only=True, feature_cls=feature_cls)
+    features.load_state_dict(
+        {renamed(key): value for key, value in trained.state_dict().items() if not key.startswith("fc.")}
+    )
+    assert_same_features(features, trained)
 
 
 def test_half_precision(trained):
@@ -167,13 +255,22 @@ def test_half_precision(trained):
     same, plain = timm.create_model("cifar_resnet20_sd"), timm.create_model("cifar_resnet20")
     same.load_state_dict(state)
     plain.load_state_dict(state)
-    last_bn = "stages.2.2.branch.bn2.weight"
-    assert torch.equal(same.state_dict()[last_bn], state[last_bn].float())
+    for block in BLOCKS:  # also where bfloat16 rounds the probability
+        for name in ("weight", "bias"):
+            key = f"{block}.branch.bn2.{name}"
+            assert torch.equal(same.state_dict()[key], state[key].float())
     with torch.inference_mode():
         expected = same.eval()(images())
         difference = plain.eval()(images()) - expected
     # bfloat16 keeps 8 bits, of the probabilities too.
     assert difference.norm() < 2**-7 * expected.norm()
+
+
+def test_a_network_in_half_precision_saves_its_probabilities_in_full(trained):
+    network = timm.create_model("cifar_resnet20_sd").bfloat16()
+    network.load_state_dict(trained.state_dict())
+    assert survival_of(network.state_dict()) == survival_of(trained.state_dict())
+    assert network.state_dict()["conv1.weight"].dtype == torch.bfloat16
 
 
 def test_other_classes_keep_the_features(trained, checkpoint):
@@ -185,5 +282,7 @@ def test_other_classes_keep_the_features(trained, checkpoint):
 
 
 def test_another_depth_is_refused(trained):
-    with pytest.raises(RuntimeError, match="size mismatch for survival"):
+    with pytest.raises(RuntimeError, match=r'Missing key.*"stages\.0\.3\.survival"'):
         timm.create_model("cifar_resnet32_sd").load_state_dict(trained.state_dict())
+    with pytest.raises(RuntimeError, match=r'Unexpected key.*"stages\.0\.2\.survival"'):
+        CifarResNet(14).load_state_dict(trained.state_dict())

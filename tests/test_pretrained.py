@@ -41,6 +41,15 @@ def test_the_recorded_hashes_are_those_of_the_files():
     assert {path.name for path in WEIGHTS.iterdir()} == {f"{name}.safetensors" for name in NAMES} | {"SHA256SUMS"}
 
 
+@pytest.mark.parametrize(("name", "final"), [(NAMES[0], 1.0), (NAMES[1], 0.5)])
+def test_each_block_has_its_probability(name, final):
+    weights = weights_of(name)
+    keys = [f"stages.{stage}.{block}.survival" for stage in range(3) for block in range(18)]
+    expected = [1 - number / 54 * (1 - final) for number in range(1, 55)]
+    assert [weights[key].item() for key in keys] == pytest.approx(expected)
+    assert {key for key in weights if "survival" in key} == set(keys)
+
+
 def test_timm_lists_them_and_no_others():
     assert timm.list_pretrained("cifar_resnet*") == NAMES
     for name in timm.list_models("cifar_resnet*", include_tags=True):

@@ -1,7 +1,10 @@
 """The method against its equations, computed here step by step."""
 
 import copy
+import itertools
+import pickle
 import warnings
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -12,7 +15,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from timm_sd import StochasticDepth, draw_gates, stochastic_blocks, survival_probabilities, use_gates
+from timm_sd import StochasticDepth, draw_gates, gates, survival_probabilities, use_gates
+from timm_sd.stochastic_depth import stochastic_blocks
+
+MODES = ["batch", "row", "count"]
 
 
 def make_block(survival=0.5, mode="batch"):
@@ -40,6 +46,11 @@ def inputs(batch_size=6):
     return torch.randn(batch_size, 4, 5, 5, generator=torch.Generator().manual_seed(1))
 
 
+def inputs_after_relu(batch_size=6):
+    """A block's ReLU leaves these as they are. It must: among rows it is applied to all, whether dropped or not."""
+    return inputs(batch_size).abs()
+
+
 def small_network(**kwargs):
     torch.manual_seed(0)
     return timm.create_model("cifar_resnet20_sd", **kwargs)
@@ -51,6 +62,13 @@ def images(batch_size=4):
 
 def gradients(network):
     return {name: parameter.grad.clone() for name, parameter in network.named_parameters()}
+
+
+def drawn(network, step=0, batch_size=4, seed=0):
+    """The gates of a step, as the network's mode asks."""
+    own = gates(network)
+    (mode,) = {gate.mode for gate in own}
+    return draw_gates([gate.survival for gate in own], seed, step, None if mode == "batch" else batch_size, mode)
 
 
 # Schedules
@@ -115,11 +133,36 @@ def test_gates_open_as_often_as_they_should():
 
 
 def test_gates_of_different_blocks_and_steps_are_independent():
-    gates = torch.stack([draw_gates([0.5] * 20, 0, step) for step in range(4000)]).double() - 0.5
-    between_blocks = gates.T @ gates / len(gates) * 4
+    values = torch.stack([draw_gates([0.5] * 20, 0, step) for step in range(4000)]).double() - 0.5
+    between_blocks = values.T @ values / len(values) * 4
     assert (between_blocks - torch.eye(20)).abs().max() < 0.1
-    between_steps = (gates[1:] * gates[:-1]).mean() * 4
+    between_steps = (values[1:] * values[:-1]).mean() * 4
     assert between_steps.abs() < 0.02
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 7, 128])
+def test_counted_gates_open_for_k_samples(batch_size):
+    p = survival_probabilities(54, 0.3)
+    values = draw_gates(p, 0, 0, batch_size, mode="count")
+    assert values.shape == (54, batch_size)
+    assert values.dtype == torch.bool
+    assert values.sum(1).tolist() == [max(1, int(batch_size * probability)) for probability in p]
+    assert torch.equal(values, draw_gates(p, 0, 0, batch_size, mode="count"))
+    if batch_size > 2:
+        assert not torch.equal(values, draw_gates(p, 0, 1, batch_size, mode="count"))
+
+
+def test_counted_gates_take_every_choice_of_samples_equally_often():
+    """Of two of four, the six there are; and those of one gate tell nothing of those of the next."""
+    choices = {choice: index for index, choice in enumerate(itertools.combinations(range(4), 2))}
+    counts = torch.zeros(6, 6)
+    for step in range(4):
+        values = draw_gates([0.5] * 4000, 0, step, 4, mode="count")
+        taken = [choices[tuple(row.nonzero().flatten().tolist())] for row in values]
+        for first, second in zip(taken[::2], taken[1::2], strict=True):
+            counts[first, second] += 1
+    p = 1 / 36
+    assert (counts / 8000 - p).abs().max() < 5 * (p * (1 - p) / 8000) ** 0.5
 
 
 # The residual rule
@@ -143,7 +186,7 @@ def test_closed_gate():
         assert torch.equal(value, before[key]), f"{key} of a dropped block changed"
 
 
-@pytest.mark.parametrize("mode", ["batch", "row"])
+@pytest.mark.parametrize("mode", MODES)
 def test_inference_scales_the_branch(mode):
     block = make_block(survival=0.3, mode=mode).eval()
     block.branch[1].running_mean.uniform_()
@@ -156,8 +199,8 @@ def test_dropped_branch_costs_nothing():
     network = small_network().train()
     blocks = stochastic_blocks(network)
 
-    def flops(gates):
-        with use_gates(network, gates), FlopCounterMode(display=False) as counter:
+    def flops(values):
+        with use_gates(network, values), FlopCounterMode(display=False) as counter:
             network(images()).sum().backward()
         return counter.get_total_flops()
 
@@ -181,13 +224,13 @@ def test_dropped_branch_costs_nothing():
 
 def test_dropped_parameters_get_zero_gradients():
     network = small_network().train()
-    gates = torch.tensor([True, False] * 4 + [True])
-    with use_gates(network, gates):
+    values = torch.tensor([True, False] * 4 + [True])
+    with use_gates(network, values):
         network(images()).square().sum().backward()
-    for block, gate in zip(stochastic_blocks(network), gates, strict=True):
+    for block, value in zip(stochastic_blocks(network), values, strict=True):
         for parameter in block.parameters():
             assert parameter.grad.shape == parameter.shape
-            assert parameter.grad.any() == gate
+            assert parameter.grad.any() == value
 
 
 def test_dropped_block_is_moved_by_momentum_and_weight_decay():
@@ -224,32 +267,72 @@ def test_frozen_parameters_stay_without_gradient():
     assert not block.branch[3].weight.grad.any()
 
 
-@pytest.mark.parametrize("kept", [[0, 2, 3], [5], []])
-def test_rows(kept):
-    block = make_block(mode="row").train()
-    x = inputs()
+@pytest.mark.parametrize(("mode", "kept"), [("row", [0, 2, 3]), ("row", [5]), ("row", []), ("count", [1, 2, 5])])
+def test_rows(mode, kept):
+    """Outputs, gradients and statistics, against the same block by hand on the kept rows alone."""
+    block = make_block(mode=mode).train()
+    x, weights = inputs_after_relu().requires_grad_(), inputs()
     expected = x.clone()
     if kept:
         expected[kept] = (branch_by_hand(block, x[kept], batch_statistics=True) + x[kept]).relu()
-    gates = torch.zeros(1, len(x), dtype=torch.bool)
-    gates[0, kept] = True
-    with use_gates(block, gates):
+    wanted = torch.autograd.grad((expected * weights).sum(), [x, *block.parameters()], materialize_grads=True)
+    values = torch.zeros(1, len(x), dtype=torch.bool)
+    values[0, kept] = True
+    with use_gates(block, values):
         output = block(x)
-        output.sum().backward()
+        (output * weights).sum().backward()
     torch.testing.assert_close(output, expected)
-    assert all(parameter.grad is not None for parameter in block.parameters())
+    for tensor, gradient in zip([x, *block.parameters()], wanted, strict=True):
+        torch.testing.assert_close(tensor.grad, gradient)
     assert block.branch[1].num_batches_tracked == bool(kept)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "survival", "k"), [(6, 0.5, 3), (7, 0.5, 3), (6, 0.99, 5), (6, 0.01, 1), (1, 0.5, 1)]
+)
+def test_mode_count_keeps_k_rows(batch_size, survival, k):
+    """Drawn by the block itself: k rows leave the shortcut, the rest is the shortcut to the bit."""
+    block = make_block(survival, mode="count").train()
+    x = inputs_after_relu(batch_size)
+    seen = []
+    block.branch.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    kept = set()
+    for _ in range(40):
+        rows = (block(x) != x).flatten(1).any(1).nonzero().flatten().tolist()
+        assert len(rows) == k
+        (branch_input,) = seen
+        seen.clear()
+        assert {row.numpy().tobytes() for row in branch_input} == {x[row].numpy().tobytes() for row in rows}
+        kept |= set(rows)
+    assert kept == set(range(batch_size)), "some sample is never kept"
 
 
 def test_rows_promote_types_as_addition_does():
     block = make_block(mode="row").double().train()
     block.branch.append(ToFloat32())
-    x = inputs().bfloat16()
+    x = inputs_after_relu().bfloat16()
     block.branch.insert(0, ToDouble())
     with use_gates(block, torch.tensor([[True, False] * 3])):
         output = block(x)
     assert output.dtype == torch.float32
     assert torch.equal(output[1::2], x[1::2].float())
+
+
+@pytest.mark.parametrize("mode", ["row", "count"])
+def test_rows_keep_the_memory_format(mode):
+    network = small_network(drop_path_mode=mode).to(memory_format=torch.channels_last).train()
+    formats = []
+    for block in stochastic_blocks(network):
+        for module in (block, block.branch):
+            module.register_forward_hook(
+                lambda _, __, output: formats.append(output.is_contiguous(memory_format=torch.channels_last))
+            )
+    values = torch.tensor([[True, False, True, False]] * 9)
+    for block in stochastic_blocks(network):
+        block.gate.survival = 0.5
+    with use_gates(network, values):
+        network(images().contiguous(memory_format=torch.channels_last))
+    assert formats == [True] * 18
 
 
 class ToDouble(nn.Module):
@@ -262,8 +345,9 @@ class ToFloat32(nn.Module):
         return x.float()
 
 
-def test_rows_under_autocast():
-    network = small_network(drop_path_mode="row").train()
+@pytest.mark.parametrize("mode", ["row", "count"])
+def test_rows_under_autocast(mode):
+    network = small_network(drop_path_mode=mode).train()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = network(images()).float().sum()
     loss.backward()
@@ -283,6 +367,40 @@ def test_default_gates_come_from_torchs_cpu_generator(mode):
     assert outputs == expected
 
 
+def test_default_rows_come_from_torchs_cpu_generator():
+    block = make_block(mode="count").train()
+    x = inputs_after_relu()
+    torch.manual_seed(5)
+    rows = [(block(x) != x).flatten(1).any(1).nonzero().flatten().tolist() for _ in range(20)]
+    torch.manual_seed(5)
+    assert rows == [torch.randperm(6)[:3].sort().values.tolist() for _ in range(20)]
+
+
+@pytest.fixture
+def bfloat16_by_default():
+    torch.set_default_dtype(torch.bfloat16)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def test_gates_are_not_rounded_to_the_default_type(bfloat16_by_default):
+    """In bfloat16, 0.999 is 1 and there are but 256 numbers to draw."""
+    gate = make_block(survival=0.999, mode="row").gate.train()
+    torch.manual_seed(6)
+    drawn = gate.draw(20_000)
+    torch.manual_seed(6)
+    assert torch.equal(drawn, torch.rand(20_000, dtype=torch.float32) < 0.999)
+    assert 0 < (~drawn).sum() < 60
+    p = survival_probabilities(54, 0.999)
+    assert torch.equal(
+        draw_gates(p, 0, 0, 1000),
+        torch.from_numpy(np.random.default_rng([0, 0]).random((54, 1000)) < np.array(p)[:, None]),
+    )
+    state = make_block(survival=0.999).state_dict()
+    assert state["survival"].dtype == torch.float32
+    assert state["survival"].item() == pytest.approx(0.999, abs=1e-7)
+
+
 def test_plain_network_draws_nothing():
     network = timm.create_model("cifar_resnet20").train()
     before = torch.get_rng_state()
@@ -291,7 +409,7 @@ def test_plain_network_draws_nothing():
 
 
 def test_unknown_mode():
-    with pytest.raises(ValueError, match=r"mode='pixel'.*'batch', 'row'"):
+    with pytest.raises(ValueError, match=r"mode='pixel'.*'batch', 'row', 'count'"):
         make_block(mode="pixel")
 
 
@@ -303,25 +421,74 @@ def test_repr_tells_probability_and_mode():
 
 
 @pytest.mark.parametrize(
-    ("mode", "gates"),
+    ("mode", "values"),
     [
         ("batch", torch.ones(8, dtype=torch.bool)),
         ("batch", torch.ones(9)),
         ("batch", torch.ones(9, 4, dtype=torch.bool)),
         ("row", torch.ones(9, dtype=torch.bool)),
+        ("count", torch.ones(9, dtype=torch.bool)),
     ],
 )
-def test_gates_that_do_not_fit(mode, gates):
+def test_gates_that_do_not_fit(mode, values):
     network = small_network(drop_path_mode=mode)
-    with pytest.raises(ValueError, match="this network's 9 blocks"), use_gates(network, gates):
+    with pytest.raises(ValueError, match=f"this network's 9 gates in mode '{mode}'"), use_gates(network, values):
         pass
 
 
-def test_gates_for_another_batch():
-    network = small_network(drop_path_mode="row").train()
-    gates = torch.ones(9, 3, dtype=torch.bool)
-    with pytest.raises(ValueError, match="gates for 3 samples, but the batch has 4"), use_gates(network, gates):
+@pytest.mark.parametrize("mode", ["row", "count"])
+def test_gates_for_another_batch(mode):
+    network = small_network(drop_path_mode=mode).train()
+    message = r"gates of shape \(3,\), but this pass needs \(4,\)"
+    with use_gates(network, drawn(network, batch_size=3)), pytest.raises(ValueError, match=message):
         network(images())
+
+
+@pytest.mark.parametrize("mode", ["row", "count"])
+def test_a_gate_for_the_whole_batch_where_each_sample_has_its_own(mode):
+    block = make_block(mode=mode).train()
+    block.gate.provided = torch.tensor(True)
+    with pytest.raises(ValueError, match=r"gates of shape \(\), but this pass needs \(6,\)"):
+        block(inputs_after_relu())
+
+
+@pytest.mark.parametrize("opened", [0, 2, 4, 6])
+def test_another_number_of_open_gates_is_refused(opened):
+    block = make_block(mode="count").train()
+    values = torch.arange(6).unsqueeze(0) < opened
+    message = rf"{opened} of 6 gates are open, but mode 'count' with p = 0\.5 opens 3: draw them with mode='count'"
+    with pytest.raises(ValueError, match=message), use_gates(block, values):
+        pass
+    assert block.gate.provided is None
+
+
+def test_the_list_of_gates_stands_for_the_network():
+    network = small_network().train()
+    outputs = []
+    for which in (network, gates(network)):
+        with use_gates(which, GATES):
+            outputs.append(network(images()))
+    assert torch.equal(*outputs)
+    assert [gate.survival for gate in gates(network)] == survival_probabilities(9, 0.5)
+    assert [block.gate for block in stochastic_blocks(network)] == gates(network)
+
+
+def test_copies_do_not_keep_provided_gates():
+    """Made in a context, they draw gates of their own, in it and after it."""
+    network = small_network().train()
+    with use_gates(network, torch.zeros(9, dtype=torch.bool)):
+        copies = [copy.deepcopy(network), pickle.loads(pickle.dumps(network))]
+        assert all(gate.provided is not None for gate in gates(network))
+        for other in copies:
+            assert all(gate.provided is None for gate in gates(other))
+            assert [gate.survival for gate in gates(other)] == [gate.survival for gate in gates(network)]
+        torch.manual_seed(0)
+        outputs = [other(images()) for other in copies for _ in range(5)]
+        assert any(not torch.equal(output, network(images())) for output in outputs)
+        with use_gates(copies[0], GATES):
+            expected = copies[0](images())
+    with use_gates(network, GATES):
+        torch.testing.assert_close(network(images()), expected)
 
 
 def test_contexts_nest():
@@ -348,11 +515,11 @@ GATES = torch.tensor([True, False, True, True, False, False, True, False, True])
 def expected_features(network):
     """The features of the three groups, and what they are without the dropped blocks altogether."""
     shortened = copy.deepcopy(network).train()
-    gates = iter(GATES)
+    values = iter(GATES)
     features, x = [], shortened.act1(shortened.bn1(shortened.conv1(images())))
     for stage in shortened.stages:
         for block in stage:
-            x = block.activation(block.shortcut(x) + block.branch(x)) if next(gates) else block.shortcut(x)
+            x = block.activation(block.shortcut(x) + block.branch(x)) if next(values) else block.shortcut(x)
         features.append(x)
     return features
 
@@ -387,8 +554,7 @@ def compiled_steps(network, graphs, steps):
     torch._dynamo.reset()
     compiled = torch.compile(network.train(), backend=backend)
     for step in range(steps):
-        gates = draw_gates(network.survival, 0, step, 4 if stochastic_blocks(network)[0].mode == "row" else None)
-        with use_gates(compiled, gates):
+        with use_gates(compiled, drawn(network, step)):
             compiled(images()).sum().backward()
 
 
@@ -408,19 +574,32 @@ def test_training_with_rows_compiles_to_a_bounded_number_of_graphs():
     assert len(graphs) <= 24
 
 
-@pytest.mark.parametrize("mode", ["batch", "row"])
+def test_training_with_counts_compiles_to_one_graph():
+    graphs = []
+    compiled_steps(small_network(drop_path_mode="count"), graphs, steps=10)
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("provided", [True, False])
+def test_compiled_training_with_counts_is_eager_training(provided):
+    network = small_network(drop_path_mode="count").train()
+    compiled = torch.compile(copy.deepcopy(network), backend="aot_eager", fullgraph=True)
+    for model in (network, compiled):
+        torch.manual_seed(3)
+        with use_gates(model, drawn(network)) if provided else nullcontext():
+            model(images()).square().sum().backward()
+    torch.testing.assert_close(gradients(compiled._orig_mod), gradients(network))
+
+
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("handed", [True, False])
 def test_gradient_checkpointing_computes_the_same_blocks_again(mode, handed):
     network = small_network(drop_path_mode=mode).train()
     checkpointed = copy.deepcopy(network)
     checkpointed.set_grad_checkpointing()
-    gates = draw_gates(network.survival, 0, 0, 4 if mode == "row" else None)
     for model in (network, checkpointed):
         torch.manual_seed(3)
-        if handed:
-            with use_gates(model, gates):
-                model(images()).square().sum().backward()
-        else:
+        with use_gates(model, drawn(network)) if handed else nullcontext():
             model(images()).square().sum().backward()
     torch.testing.assert_close(gradients(checkpointed), gradients(network))
 
@@ -433,8 +612,7 @@ def train_under_ddp(rank, init_file, mode):
     network = nn.parallel.DistributedDataParallel(network)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
     for step in range(3):
-        gates = draw_gates(network.module.survival, rank, step, 4 if mode == "row" else None)
-        with use_gates(network, gates):
+        with use_gates(network, drawn(network, step, seed=rank)):
             network(images() + rank).square().sum().backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -445,6 +623,6 @@ def train_under_ddp(rank, init_file, mode):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("mode", ["batch", "row"])
+@pytest.mark.parametrize("mode", MODES)
 def test_ddp_needs_no_unused_parameters(tmp_path, mode):
     torch.multiprocessing.spawn(train_under_ddp, (tmp_path / "init", mode), nprocs=2)

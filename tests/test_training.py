@@ -14,7 +14,7 @@ from by_hand import assert_figures_are_close, protocol_by_hand
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from timm_sd import StochasticDepth, data, stochastic_blocks, training
+from timm_sd import StochasticDepth, data, gates, training
 from timm_sd.errors import UserError
 from timm_sd.evaluation import Evaluation
 from timm_sd.options import Options
@@ -113,13 +113,11 @@ def test_saved_weights_are_the_best_by_validation(few_images, tmp_path, monkeypa
 
 def test_the_network_is_the_one_asked_for():
     uniform = training.create_network(Options("cifar_resnet20", drop_path=0.2, drop_path_schedule="uniform"))
-    assert [block.survival for block in stochastic_blocks(uniform)] == [0.8] * 9
+    assert [gate.survival for gate in gates(uniform)] == [0.8] * 9
     network = training.create_network(Options("cifar_resnet20", "cifar100", drop_path=0.2))
     assert network.num_classes == 100
     assert network.pretrained_cfg["mean"] == (0.5071, 0.4865, 0.4409)
-    assert [block.survival for block in stochastic_blocks(network)] == pytest.approx(
-        [1 - b / 9 * 0.2 for b in range(1, 10)]
-    )
+    assert [gate.survival for gate in gates(network)] == pytest.approx([1 - b / 9 * 0.2 for b in range(1, 10)])
     assert training.create_network(Options("cifar_resnet20_sd", "synthetic")).num_classes == 10
 
 

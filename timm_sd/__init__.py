@@ -1,23 +1,19 @@
 """Stochastic depth for timm: importing this package registers the `cifar_resnet*` networks."""
 
 from .cifar_resnet import CifarResNet
-from .stochastic_depth import (
-    StochasticDepth,
-    draw_gates,
-    load_survival,
-    stochastic_blocks,
-    survival_probabilities,
-    use_gates,
-)
+from .gate import Gate, draw_gates, gates, use_gates
+from .skip_drop_path import skip_drop_path
+from .stochastic_depth import StochasticDepth, survival_probabilities
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CifarResNet",
+    "Gate",
     "StochasticDepth",
     "draw_gates",
-    "load_survival",
-    "stochastic_blocks",
+    "gates",
+    "skip_drop_path",
     "survival_probabilities",
     "use_gates",
 ]

@@ -18,19 +18,13 @@ from timm.models import (
     register_model,
     resolve_pretrained_cfg,
 )
-from timm.models._features import FeatureGetterNet, feature_take_indices
+from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from .gate import MODES, check_choice
 from .labels import CIFAR10_LABELS, CIFAR100_LABELS
 from .pretrained import WEIGHTS_FILE, check_architecture, check_source, source
-from .stochastic_depth import (
-    MODES,
-    SCHEDULES,
-    StochasticDepth,
-    check_choice,
-    load_survival,
-    survival_probabilities,
-)
+from .stochastic_depth import SCHEDULES, StochasticDepth, survival_probabilities
 
 __all__ = ["CifarResNet"]
 
@@ -73,22 +67,8 @@ def residual_block(in_channels: int, channels: int, survival: float, mode: str, 
     return StochasticDepth(branch, shortcut, nn.ReLU(inplace=True), survival, mode)
 
 
-class CifarFeatures(FeatureGetterNet):
-    """What `features_only=True` gives: the network itself, so that its state dict tells the survival probabilities."""
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """As the network's own."""
-        self.model.set_grad_checkpointing(enable)
-
-
 class CifarResNet(nn.Module):
-    """A ResNet of depth 6n + 2 with L = 3n residual blocks, each under stochastic depth.
-
-    The survival probabilities its weights are trained with stand in the buffer `survival`, of shape (L,), and travel
-    with them; loading weights trained with others rescales them, so that loading never changes the function.
-    """
-
-    survival: Tensor
+    """A ResNet of depth 6n + 2 with L = 3n residual blocks, each a `StochasticDepth`."""
 
     def __init__(
         self,
@@ -112,7 +92,8 @@ class CifarResNet(nn.Module):
             drop_rate: Dropout probability before the classifier.
             drop_path_rate: 1 - p_L, in [0, 1): 0 is constant depth.
             drop_path_schedule: "linear", the paper's decay from p_0 = 1 to p_L, or "uniform".
-            drop_path_mode: "batch", the paper's gate a block for the whole mini-batch, or "row", a gate a sample.
+            drop_path_mode: "batch", the paper's gate a block for the whole mini-batch, "row", a gate a sample, or
+                "count", a gate a sample with a fixed number of them open (see `timm_sd.gate`).
             device: Where parameters and buffers are made.
             dtype: Their type.
 
@@ -141,8 +122,7 @@ class CifarResNet(nn.Module):
         self.drop_rate = drop_rate
         self.grad_checkpointing = False
 
-        self.survival_probabilities = survival_probabilities(3 * n, 1 - drop_path_rate, drop_path_schedule)
-        self.register_buffer("survival", torch.tensor(self.survival_probabilities, **dd))
+        survival = survival_probabilities(3 * n, 1 - drop_path_rate, drop_path_schedule)
         self.conv1 = nn.Conv2d(in_chans, CHANNELS[0], 3, padding=1, bias=False, **dd)
         self.bn1 = nn.BatchNorm2d(CHANNELS[0], **dd)
         self.act1 = nn.ReLU(inplace=True)
@@ -152,7 +132,7 @@ class CifarResNet(nn.Module):
         channels = CHANNELS[0]
         for stage, width in enumerate(CHANNELS):
             blocks = nn.Sequential()
-            for p in self.survival_probabilities[stage * n : (stage + 1) * n]:
+            for p in survival[stage * n : (stage + 1) * n]:
                 blocks.append(residual_block(channels, width, p, drop_path_mode, **dd))
                 channels = width
             self.stages.append(blocks)
@@ -169,7 +149,6 @@ class CifarResNet(nn.Module):
 
         Convolutions He-normal (std = sqrt(2 / fan_in)), batch normalisation scales uniform in (0, 1) and shifts 0.
         """
-        self.survival.copy_(torch.tensor(self.survival_probabilities))
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
@@ -178,10 +157,6 @@ class CifarResNet(nn.Module):
                 nn.init.uniform_(module.weight)
             elif isinstance(module, nn.Linear):
                 module.reset_parameters()
-
-    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args) -> None:
-        load_survival(self, self.survival_probabilities, state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
@@ -201,7 +176,10 @@ class CifarResNet(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier by a new one for `num_classes` classes (0: none), the pooling too unless it is None.
 
-        Raises ValueError for a value that is not allowed.
+        As elsewhere in timm, and unlike in the constructor, there may be classes without pooling: the classifier is
+        then applied to the last dimension.
+
+        Raises ValueError for a negative number of classes and for an unknown pooling.
         """
         if global_pool is None:
             global_pool = self.global_pool.pool_type
@@ -354,7 +332,7 @@ def _register(name: str, description: str, **model_args) -> None:
             pretrained_cfg,
             overlay,
             pretrained_filter_fn=check_architecture,
-            feature_cfg=dict(out_indices=(0, 1, 2), feature_cls=CifarFeatures, flatten_sequential=True),
+            feature_cfg=dict(out_indices=(0, 1, 2), flatten_sequential=True),
             **{**model_args, **kwargs},
         )
 

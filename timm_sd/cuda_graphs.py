@@ -11,7 +11,8 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import Tensor, nn
 
-from .stochastic_depth import StochasticDepth, stochastic_blocks, use_gates
+from .gate import use_gates
+from .stochastic_depth import StochasticDepth, stochastic_blocks
 
 WARM_UP_PASSES = 3
 
@@ -56,17 +57,19 @@ class _BlockGraphs:
 
     def _forward(self) -> None:
         with self.autocast:
-            self.output = self.block._residual(self.input, 1.0)
+            self.output = self.block.activation(self.block.shortcut(self.input) + self.block.branch(self.input))
 
     def _backward(self) -> None:
         inputs = (self.input, *self.parameters)
         self.input_gradient, *gradients = torch.autograd.grad(self.output, inputs, self.output_gradient)
         torch._foreach_add_([parameter.grad for parameter in self.parameters], gradients)
 
-    def kept(self, x: Tensor) -> Tensor:
-        """The open gate's eq. 2; batches of another shape, the last of an epoch, are computed without the graph."""
-        if x.shape != self.input.shape:
-            return self.block._residual(x, 1.0)
+    def forward(self, x: Tensor) -> Tensor:
+        """The block's own; batches of another shape, the last of an epoch, are computed without the graphs."""
+        if not self.block.training or x.shape != self.input.shape:
+            return StochasticDepth.forward(self.block, x)
+        if self.block.gate.active and not self.block.gate.draw(len(x)):
+            return self.block.shortcut(x)  # the gradients of the branch's parameters are zero already
         return _Replay.apply(x, self)
 
 
@@ -103,16 +106,14 @@ def graph_blocks(network: nn.Module, images: Tensor, dtype: torch.dtype | None =
     for buffer, before in buffers:  # the warm-up has moved the running statistics
         buffer.copy_(before)
     for block_graphs in graphs:
-        block_graphs.block._kept = block_graphs.kept
-        # Its parameters' gradients are zero already. (A module given as an attribute would not hide the method.)
-        block_graphs.block._dropped = block_graphs.block.shortcut.forward
+        block_graphs.block.forward = block_graphs.forward
 
 
 def _warm_up(network: nn.Module, blocks: list[StochasticDepth], images: Tensor) -> Tensor:
     """Let the libraries choose and load their kernels; the input of the first block, for its type and layout."""
     inputs = []
     hook = blocks[0].register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach().clone()))
-    with hook, _side_stream(), use_gates(blocks, torch.ones(len(blocks), dtype=torch.bool)):
+    with hook, _side_stream(), use_gates(network, torch.ones(len(blocks), dtype=torch.bool)):
         for _ in range(WARM_UP_PASSES):
             network(images).sum().backward()
     return inputs[-1]

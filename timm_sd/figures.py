@@ -17,8 +17,9 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from . import paper
 from .errors import UserError
+from .gate import draw_gates
 from .record import Record
-from .stochastic_depth import SCHEDULES, draw_gates
+from .stochastic_depth import SCHEDULES
 
 CONSTANT, STOCHASTIC = "constant depth", "stochastic depth"
 Groups = dict[str, Sequence[Record]]

@@ -99,12 +99,8 @@ def check_architecture(state_dict: dict[str, Tensor], network: nn.Module) -> dic
 
 
 def _keys(state_dict: dict[str, Tensor]) -> set[str]:
-    """Those that weights of one architecture share: a plain one's may lack `survival`, other code's the counters."""
-    return {
-        key
-        for key in state_dict
-        if key != "survival" and not key.startswith("fc.") and not key.endswith(".num_batches_tracked")
-    }
+    """Those that weights of one architecture share: other code's may lack the counters."""
+    return {key for key in state_dict if not key.startswith("fc.") and not key.endswith(".num_batches_tracked")}
 
 
 def load_weights(network: nn.Module, file: Path, name: str) -> None:

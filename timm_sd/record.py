@@ -12,6 +12,7 @@ import timm
 from . import paper
 from .data import LEARNING_IMAGES, split_sizes
 from .errors import UserError
+from .gate import gates
 from .options import Options
 from .run_folder import FREE_OPTIONS, Progress, RunFolder, read_config
 
@@ -131,7 +132,7 @@ class Record:
             drop_path_schedule=options.drop_path_schedule,
             device="meta",
         )
-        return network.survival_probabilities
+        return [gate.survival for gate in gates(network)]
 
     @property
     def depth(self) -> int:

@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import TypeVar
 
@@ -28,10 +29,10 @@ from . import __version__, data
 from .cuda_graphs import graph_blocks
 from .errors import UserError
 from .evaluation import evaluate
+from .gate import draw_gates, gates, use_gates
 from .interruption import Interruption
 from .options import Options
 from .run_folder import Progress, RunFolder
-from .stochastic_depth import draw_gates, stochastic_blocks, use_gates
 
 T = TypeVar("T")
 
@@ -138,8 +139,8 @@ class Run:
         self.model, self.optimizer = accelerator.prepare(network, optimizer)  # the model is the network, wrapped
         if accelerator.distributed_type == DistributedType.MULTI_CPU:
             self.model.register_comm_hook(None, mean_in_order)
-        self.blocks = stochastic_blocks(network)
-        self.survival = [block.survival for block in self.blocks]
+        self.gates = gates(network)
+        self.survival = [gate.survival for gate in self.gates]
         self.standardise = data.Standardise.of(network, accelerator.device)
         # Of the epoch in hand: the loss and the errors over this process's images, and its share of the first
         # convolution's mean absolute gradient over the steps. Reading them would make the host wait for the device.
@@ -206,10 +207,10 @@ class Run:
             return stepwise(epoch, options.epochs, options.lr)
         return one_cycle((epoch - 1) * self.steps + step, options.epochs * self.steps, options.lr)
 
-    def step(self, images: Tensor, labels: Tensor, gates: Tensor, batch_size: int) -> None:
+    def step(self, images: Tensor, labels: Tensor, gate_values: Tensor, batch_size: int) -> None:
         """A step of SGD on this process's part of a batch of `batch_size` images."""
         processes = self.accelerator.num_processes
-        with use_gates(self.blocks, gates):
+        with use_gates(self.gates, gate_values):
             logits = self.model(images)
             loss = F.cross_entropy(logits, labels, reduction="sum")
             # DDP averages gradients over the processes. This makes it the mean over the batch, however it is divided.
@@ -242,13 +243,14 @@ class Run:
             disable=None if self.accelerator.is_main_process else True,
         ) as batches:
             for images, labels in batches:
-                gates = draw_gates(self.survival, options.seed, (progress.epoch - 1) * self.steps + progress.steps)
+                step = (progress.epoch - 1) * self.steps + progress.steps
+                gate_values = draw_gates(self.survival, options.seed, step)
                 batch_size = min(options.batch_size, len(self.training_set) - progress.steps * options.batch_size)
                 for group in self.optimizer.param_groups:
                     group["lr"] = self.learning_rate(progress.steps + 1)
-                self.step(images, labels, gates, batch_size)
+                self.step(images, labels, gate_values, batch_size)
                 progress.steps += 1
-                progress.active_blocks += int(gates.sum())
+                progress.active_blocks += int(gate_values.sum())
                 progress.seconds = time.perf_counter() - started
                 if signal := interruption.noted():
                     self.checkpoint()
@@ -302,7 +304,8 @@ class Run:
 
     def check_finite(self, loss: float) -> None:
         """Raise UserError if the run has diverged: in its loss, its weights or its running statistics."""
-        finite = torch.stack([tensor.isfinite().all() for tensor in self.network.state_dict().values()])
+        tensors = chain(self.network.parameters(), self.network.buffers())
+        finite = torch.stack([tensor.isfinite().all() for tensor in tensors])
         if not math.isfinite(loss) or not finite.all():
             raise UserError(
                 f"the run diverged in epoch {self.progress.epoch}: try an --lr below {self.options.lr:g}"

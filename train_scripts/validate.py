@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from timm_sd import data, stochastic_blocks
+from timm_sd import data
 from timm_sd.command_line import Parser, one_line_errors
 from timm_sd.errors import UserError
 from timm_sd.evaluation import evaluate
@@ -18,6 +18,7 @@ from timm_sd.options import DATASETS, Options
 from timm_sd.pretrained import load_weights
 from timm_sd.record import read_options
 from timm_sd.run_folder import RunFolder
+from timm_sd.stochastic_depth import stochastic_blocks
 from timm_sd.training import create_network, use_all_cores
 
 SPLITS = ("train", "validation", "test")

@@ -1,0 +1,615 @@
+"""Any timm model with skipped drop path, against timm's own DropPath with the same samples dropped."""
+
+import copy
+import pickle
+import re
+import warnings
+from pathlib import Path
+
+import pytest
+import timm
+import timm_blocks
+import torch
+import torch.distributed as dist
+from timm.layers import DropPath
+from timm.optim import create_optimizer_v2
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from timm_sd import draw_gates, gates, skip_drop_path, use_gates
+
+ROOT = Path(__file__).parents[1]
+BATCH_NORM = nn.modules.batchnorm._BatchNorm
+
+
+class ForcedDropPath(nn.Module):
+    """timm's DropPath with given samples dropped: computes everything, then multiplies by 0 or 1 / p.
+
+    The first calls can be `spared`.
+    """
+
+    def __init__(self, drop_path, masks, draw, spared):
+        super().__init__()
+        self.drop_path, self.masks, self.draw, self.spared = drop_path, masks, draw, spared
+
+    def forward(self, x):
+        if self.spared:
+            self.spared -= 1
+            return x
+        keep = 1 - self.drop_path.drop_prob
+        mask, keep = self.draw(len(x), keep)
+        self.masks.append((self.drop_path, mask))
+        scale = 1 / keep if self.drop_path.scale_by_keep and keep else 1.0
+        return x * (scale * mask).to(x.dtype).view(-1, *[1] * (x.ndim - 1))
+
+
+def drawing(mode, closed):
+    """A function of the batch size and p: which samples are kept, and the share that the scaling takes for p."""
+    generator = torch.Generator().manual_seed(3)
+
+    def draw(batch_size, p):
+        if closed:
+            return torch.zeros(batch_size, dtype=torch.bool), p
+        if mode == "batch":
+            return (torch.rand(1, generator=generator) < 0.6).expand(batch_size), p
+        if mode == "row":
+            return torch.rand(batch_size, generator=generator) < 0.6, p
+        k = max(1, int(batch_size * p))
+        return torch.randperm(batch_size, generator=generator) < k, k / batch_size
+
+    return draw
+
+
+def tensors(value):
+    if isinstance(value, torch.Tensor):
+        return [value] if value.is_floating_point() else []
+    if isinstance(value, dict):
+        value = value.values()
+    return [t for item in value for t in tensors(item)] if hasattr(value, "__iter__") else []
+
+
+def doubled(value):
+    if isinstance(value, (tuple, list)):
+        return type(value)(map(doubled, value))
+    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+def results(block, args, kwargs):
+    """Outputs, gradients of the inputs and of the parameters, for a loss that weights every output differently."""
+    leaves = []
+
+    def leaf(value):
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            return value
+        leaves.append(value.clone().requires_grad_())
+        return leaves[-1].clone()  # which a block may change in place
+
+    outputs = tensors(block(*map(leaf, args), **{key: leaf(value) for key, value in kwargs.items()}))
+    generator = torch.Generator().manual_seed(7)
+    sum((output * torch.randn(output.shape, generator=generator)).sum() for output in outputs).backward()
+    parameters = {name: parameter.grad for name, parameter in block.named_parameters()}
+    return outputs, [tensor.grad for tensor in leaves], parameters
+
+
+def assert_close(found, expected):
+    if expected is None:
+        assert found is None or not found.any()
+        return
+    found = torch.zeros_like(expected) if found is None else found
+    atol = 1e-6 * max(1.0, expected.abs().max().item())  # some blocks compute in float32 in between
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=atol)
+
+
+def randomised(block):
+    """With parameters that are not the initial ones: layer scales and last normalisations often begin at zero."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return block
+
+
+# Why a DropPath of these classes still computes what it drops, as docs/any-timm-model.md says.
+LEFT = {
+    "edgenext.SplitTransposeBlock": "within the branch of another DropPath",
+    "efficientvim.EfficientViMBlock": "what its branch returns beside it is used elsewhere",
+    "mvitv2.MultiScaleBlock": "what its branch returns beside it is used elsewhere",
+    "nextvit.NextTransformerBlock": "does not go straight into a sum",
+    "rdnet.DenseBlock": "cannot be traced",
+    "resnest.ResNestBottleneck": "does not go straight into a sum|used more than once",
+    "rexnet.LinearBottleneck": "used more than once",
+    "tiny_vit.TinyVitBlock": "cannot be traced",
+    "vision_transformer.ParallelThingsBlock": "inside a Sequential",
+    "vision_transformer_sam.Block": "used more than once",
+}
+SKIPPED, WARNED = set(), set()
+
+
+def name_of(cls):
+    return f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}"
+
+
+@pytest.mark.parametrize("name", timm_blocks.EXAMPLES)
+@timm_blocks.one_thread()
+def test_blocks_compute_what_timms_do(name):
+    """Outputs and gradients of every kind of block, in every mode, with some gates closed and with all."""
+    for block, args, kwargs in timm_blocks.block_calls(name):
+        cls = name_of(type(block))
+        randomised(block).double()
+        args, kwargs = doubled(args), {key: doubled(value) for key, value in kwargs.items()}
+        for mode, closed in (("row", False), ("row", True), ("count", False), ("batch", False), ("batch", True)):
+            original, skipping = copy.deepcopy(block).train(), nn.Sequential(copy.deepcopy(block)).train()
+            with warnings.catch_warnings(record=True) as warned:
+                warnings.simplefilter("always")
+                skip_drop_path(skipping, mode, allow_batch_norm=True)
+            reasons = [str(warning.message) for warning in warned]
+            assert all(re.search(LEFT.get(cls, "nothing"), reason) for reason in reasons), (cls, reasons)
+            if reasons:
+                WARNED.add(cls)
+            if mode != "batch":
+                for module in (*original.modules(), *skipping.modules()):
+                    if isinstance(module, BATCH_NORM):
+                        module.eval()
+            own = gates(skipping)
+            skipped = {id(gate.drop_path) for gate in own}
+            masks, draw = [], drawing(mode, closed)
+            for path, module in list(original.named_modules()):
+                if isinstance(module, DropPath):
+                    ours = skipping[0].get_submodule(path)
+                    ours.forward = nn.Identity().forward  # calls that are left
+                    if id(ours) in skipped:
+                        spared = cls == "edgenext.SplitTransposeBlock"  # of its two calls the first is left
+                        original.set_submodule(path, ForcedDropPath(module, masks, draw, int(spared)))
+                    else:
+                        module.forward = nn.Identity().forward
+            expected = results(original, args, kwargs)
+            assert len(masks) == len(own)
+            for gate, (_, mask) in zip(own, masks, strict=True):
+                gate.provided = mask[0] if mode == "batch" else mask
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                found = results(skipping[0], args, kwargs)
+            for ours, theirs in zip((*found[0], *found[1]), (*expected[0], *expected[1]), strict=True):
+                assert_close(ours, theirs)
+            for key, gradient in expected[2].items():
+                assert_close(found[2][key], gradient)
+                assert (found[2][key] is None) <= (gradient is None), f"{key} has no gradient"
+            for (key, ours), theirs in zip(
+                skipping[0].state_dict().items(), original.state_dict().values(), strict=True
+            ):
+                # A BatchNorm that is skipped keeps its statistics where timm's goes on.
+                if "running" not in key and "tracked" not in key:
+                    assert torch.equal(ours, theirs), key
+        if own:
+            SKIPPED.add(cls)
+
+
+def test_every_block_class_of_timm_is_covered():
+    """By the tests above, which it needs."""
+    classes = {name_of(cls) for cls in timm_blocks.all_block_classes() if cls.__name__ not in timm_blocks.NOT_BLOCKS}
+    assert classes <= SKIPPED | WARNED, classes - SKIPPED - WARNED
+    assert set(LEFT) == WARNED
+    assert len(SKIPPED - WARNED) >= 98
+    page = (ROOT / "docs" / "any-timm-model.md").read_text()
+    assert f"{len(SKIPPED - WARNED)} of the {len(SKIPPED | WARNED)} block classes" in page
+    assert all(f"`{cls}`" in page for cls in LEFT)
+
+
+# What is not computed
+
+
+def small(name, **kwargs):
+    torch.manual_seed(0)
+    return timm.create_model(name, **dict(timm_blocks.EXAMPLES[name], drop_path_rate=0.5, num_classes=4, **kwargs))
+
+
+def images(name, batch_size=6):
+    size = timm_blocks.EXAMPLES[name].get("img_size", 64)
+    return torch.randn(batch_size, 3, size, size, generator=torch.Generator().manual_seed(2))
+
+
+# Of each model the modules of a branch that take FLOPs, by what a DropPath is called in its block.
+BRANCHES = {
+    "test_vit": dict(drop_path1=["attn"], drop_path2=["mlp"]),
+    "swin_tiny_patch4_window7_224": dict(drop_path1=["attn"], drop_path2=["mlp"]),
+    "convnext_atto": dict(drop_path=["conv_dw", "mlp"]),
+    "resnet50": dict(drop_path=["conv1", "conv2", "conv3"]),
+}
+
+
+def flops(model, x):
+    with FlopCounterMode(display=False) as counter:
+        model(x).sum().backward()
+    counts = {name.partition(".")[2]: sum(per.values()) for name, per in counter.get_flop_counts().items()}
+    return counter.get_total_flops(), counts
+
+
+@pytest.mark.parametrize("mode", ["row", "count", "batch"])
+@pytest.mark.parametrize("name", BRANCHES)
+def test_flops_are_those_of_the_kept_samples(name, mode):
+    model = small(name).train()
+    x = images(name)
+    total, by_module = flops(model, x)
+    skip_drop_path(model, mode, allow_batch_norm=True)
+    own = gates(model)
+    batch_size = None if mode == "batch" else len(x)
+    values = draw_gates([gate.survival for gate in own], 4, 0, batch_size, mode)
+    with use_gates(model, values):
+        model(x)  # the first pass finds out which inputs of the branches have rows
+    paths = {module: path for path, module in model.named_modules()}
+    expected = total
+    assert own
+    for gate, value in zip(own, values, strict=True):
+        block, _, drop_path = paths[gate.drop_path].rpartition(".")
+        branch = sum(by_module[f"{block}.{module}"] for module in BRANCHES[name][drop_path])
+        dropped = 1 - value.double().mean().item()
+        expected -= branch * dropped
+    assert expected < total
+    with use_gates(model, values):
+        assert flops(model, x)[0] == round(expected)
+
+
+# Probabilities, gates and modes
+
+
+def test_gates_are_listed_in_order_of_execution():
+    for name in ("test_vit", "swin_tiny_patch4_window7_224", "cait_xxs24_224", "edgenext_xx_small", "test_maxvit"):
+        model = small(name).train()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            skip_drop_path(model, "row", allow_batch_norm=True)
+        called = []
+        for gate in gates(model):
+            gate.register_forward_pre_hook(lambda gate, args, called=called: called.append(gate))
+        model(images(name))
+        assert called == gates(model), name
+
+
+def test_probabilities_are_those_of_the_moment():
+    model = skip_drop_path(small("test_vit").train(), "row")
+    (first, *_), drop_path = gates(model), model.blocks[1].drop_path1
+    assert [gate.survival for gate in gates(model)] == [0.5, 0.5]
+    drop_path.drop_prob = 0.25
+    assert first.survival == 0.75
+    first.survival = 0.9
+    assert drop_path.drop_prob == pytest.approx(0.1)
+    for gate in gates(model):
+        gate.drop_path.drop_prob = 0.0
+    before = torch.get_rng_state()
+    model(images("test_vit"))
+    assert torch.equal(torch.get_rng_state(), before), "gates that cannot close were drawn"
+
+
+@pytest.mark.parametrize("mode", ["row", "count", "batch"])
+def test_samples_are_dropped_as_often_as_drop_path_does(mode):
+    block = skip_drop_path(small("test_vit").train(), mode).blocks[1]
+    (gate, _) = block.drop_path_gates
+    rows, steps, size = [], 400, 5
+    block.attn.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for _ in range(steps):
+            block(torch.randn(size, 4, 32))
+    share = sum(rows) / steps / size
+    expected = int(size * gate.survival) / size if mode == "count" else gate.survival
+    deviation = (0.25 / (steps if mode == "batch" else steps * size)) ** 0.5
+    assert share == pytest.approx(expected, abs=0 if mode == "count" else 4 * deviation)
+    assert len(set(rows)) == dict(row=size, count=1, batch=1)[mode]
+
+
+def test_scale_by_keep_is_followed():
+    model = skip_drop_path(small("test_vit").train(), "row")
+    block, x = model.blocks[1], torch.randn(4, 4, 32)
+    outputs = []
+    for scale_by_keep in (True, False):
+        block.drop_path1.scale_by_keep = scale_by_keep
+        block.drop_path2.drop_prob = 1.0  # nothing of it is kept
+        with use_gates(block, torch.tensor([[True] * 4, [False] * 4])):
+            outputs.append(block(x) - x)
+    torch.testing.assert_close(outputs[0], 2 * outputs[1])
+
+
+def test_a_drop_path_in_evaluation_mode_drops_nothing():
+    model = skip_drop_path(small("test_vit").train(), "batch")
+    for gate in gates(model):
+        gate.drop_path.eval()
+    x = images("test_vit")
+    torch.testing.assert_close(model(x), model.eval()(x))
+
+
+def test_inference_is_the_same_to_the_bit():
+    for name in BRANCHES:
+        model = small(name).eval()
+        x = images(name)
+        with torch.inference_mode():
+            expected = model(x)
+            assert torch.equal(skip_drop_path(model, "batch")(x), expected)
+
+
+# What is refused or left
+
+
+def test_batch_norm_is_refused_where_it_would_see_fewer_samples():
+    model = small("resnet50")
+    for mode in ("row", "count"):
+        with pytest.raises(ValueError, match=r'layer\d.\d has a BatchNorm2d in its branch.*use mode="batch"'):
+            skip_drop_path(model, mode)
+        assert not gates(model), "the model was changed all the same"
+    assert gates(skip_drop_path(model, "row", allow_batch_norm=True))
+
+
+def test_unknown_mode():
+    with pytest.raises(ValueError, match="mode='pixel', but it must be one of 'batch', 'row', 'count'"):
+        skip_drop_path(small("test_vit"), "pixel")
+
+
+def test_strict():
+    model = small("vit_small_patch16_18x2_224")
+    with pytest.raises(ValueError, match=r"ParallelThingsBlock.*inside a Sequential.*\(blocks\.1\)"):
+        skip_drop_path(model, strict=True)
+    with pytest.warns(UserWarning, match="still computed") as warned:
+        assert skip_drop_path(model) is model
+    assert len(warned) == 1
+    assert not gates(model)
+
+
+def test_a_model_without_drop_path_is_left_alone():
+    model = timm.create_model("test_vit")
+    state = repr(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert repr(skip_drop_path(model, strict=True)) == state
+
+
+def test_converting_again_changes_the_mode():
+    model = skip_drop_path(skip_drop_path(small("test_vit"), "row"), "batch")
+    assert [gate.mode for gate in gates(model)] == ["batch", "batch"]
+    model.train()(images("test_vit")).sum().backward()
+
+
+class Chooses(nn.Module):
+    """A block whose forward method follows its arguments and attributes."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.drop_path, self.twice = nn.Linear(4, 4), DropPath(0.5), False
+
+    def forward(self, x, mask=None, scale: float = 1.0):
+        branch = self.linear(x) * scale
+        if mask is not None:
+            branch = branch * mask
+        if self.twice:
+            branch = branch + branch
+        return x + self.drop_path(branch)
+
+
+def test_the_real_call_is_followed():
+    """Masks as long as the batch with and without a row for each sample, numbers, and attributes changed later."""
+    block = skip_drop_path(nn.Sequential(Chooses()))[0].train()
+    x = torch.randn(4, 4)
+    gate = torch.tensor([[True, False, True, True]])
+    rows = torch.rand(4, 1), torch.rand(1, 4), torch.rand(4), torch.rand(4, 4)
+    for twice in (False, True, False):
+        block.twice = twice
+        for mask in (None, *rows[:2]):
+            for scale in (1.0, 3.0):
+                with use_gates(block, gate):
+                    found = block(x, mask, scale=scale)
+                branch = block.linear(x) * scale * (1 if mask is None else mask) * (1 + twice)
+                torch.testing.assert_close(found, x + 2 * gate.T * branch)
+
+
+def test_a_mask_of_which_nothing_tells_if_it_has_rows_is_not_guessed_at():
+    """Multiplying by a (4, 4) tensor takes either view of a batch of four samples."""
+    block = skip_drop_path(nn.Sequential(Chooses()))[0].train()
+    x, mask = torch.randn(4, 4), torch.rand(4)
+    torch.manual_seed(0)
+    with use_gates(block, torch.tensor([[True, False, True, True]])):
+        found = block(x, mask)
+    torch.testing.assert_close(found[[0, 2, 3]], (x + 2 * block.linear(x) * mask)[[0, 2, 3]])
+
+
+# With everything else
+
+
+def test_copies_and_pickles(tmp_path):
+    model = skip_drop_path(small("test_vit")).train()
+    values = draw_gates([0.5, 0.5], 0, 0, 6)
+    x = images("test_vit")
+    with use_gates(model, values):
+        expected = model(x)
+        others = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    torch.save(model, tmp_path / "model.pt")
+    others.append(torch.load(tmp_path / "model.pt", weights_only=False))
+    for other in others:
+        assert isinstance(other.blocks[1], timm.models.vision_transformer.Block)
+        assert all(gate.provided is None for gate in gates(other))
+        assert list(other.state_dict()) == list(small("test_vit").state_dict())
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter *= 2  # a copy runs its own weights
+        with use_gates(other, values):
+            assert not torch.allclose(other(x), expected)
+            doubled = {key: value * 2 for key, value in model.state_dict().items()}
+            other.load_state_dict(doubled)
+            found = other(x)
+        reference = copy.deepcopy(model)
+        reference.load_state_dict(doubled)
+        with use_gates(reference, values):
+            assert torch.equal(found, reference(x))
+
+
+def test_moving_average():
+    model = skip_drop_path(small("test_vit")).train()
+    average = ModelEmaV3(model, decay=0.5)
+    with torch.no_grad():
+        model.blocks[1].mlp.fc1.weight += 1
+    average.update(model)
+    difference = model.blocks[1].mlp.fc1.weight - average.module.blocks[1].mlp.fc1.weight
+    torch.testing.assert_close(difference, torch.full_like(difference, 0.5))
+    plain = small("test_vit").eval()
+    plain.load_state_dict(average.module.state_dict())
+    x = images("test_vit")
+    assert torch.equal(average.module(x), plain(x))
+
+
+def test_weights_loaded_before_and_after():
+    x, source = images("test_vit"), small("test_vit").eval()
+    torch.manual_seed(5)
+    before, after = (timm.create_model("test_vit", **timm_blocks.VIT, num_classes=4, drop_path_rate=0.3) for _ in "ab")
+    before.load_state_dict(source.state_dict())
+    skip_drop_path(before)
+    skip_drop_path(after).load_state_dict(source.state_dict())
+    assert torch.equal(before.eval()(x), source(x))
+    assert torch.equal(after.eval()(x), source(x))
+
+
+@pytest.mark.parametrize("mode", ["row", "count", "batch"])
+def test_gradient_checkpointing(mode):
+    model = skip_drop_path(small("test_vit"), mode).train()
+    checkpointed = copy.deepcopy(model)
+    checkpointed.set_grad_checkpointing()
+    for network in (model, checkpointed):
+        torch.manual_seed(3)
+        network(images("test_vit")).square().sum().backward()
+    for ours, theirs in zip(checkpointed.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def train_under_ddp(rank, init_file, mode):
+    warnings.simplefilter("error", UserWarning)
+    dist.init_process_group("gloo", init_method=f"file://{init_file}", rank=rank, world_size=2)
+    model = nn.parallel.DistributedDataParallel(skip_drop_path(small("test_vit").train(), mode))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    torch.manual_seed(rank)
+    for _ in range(4):
+        model(images("test_vit", 2) + rank).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    flat = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+    others = [torch.empty_like(flat) for _ in range(2)]
+    dist.all_gather(others, flat)
+    assert torch.equal(others[0], others[1])
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("mode", ["row", "batch"])
+def test_ddp_needs_no_unused_parameters(tmp_path, mode):
+    torch.multiprocessing.spawn(train_under_ddp, (tmp_path / "init", mode), nprocs=2)
+
+
+def compiled_graphs(model, name, steps, **options):
+    """The number of graphs that `steps` steps of compiled training take; the gradients of the last one."""
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=backend, **options)
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for _ in range(steps):
+            model.zero_grad()
+            compiled(images(name)).square().sum().backward()
+    return len(graphs)
+
+
+def test_count_compiles_in_one_graph():
+    model = skip_drop_path(small("test_vit"), "count").train()
+    eager = copy.deepcopy(model)
+    torch.manual_seed(0)
+    assert compiled_graphs(model, "test_vit", 2, fullgraph=True) == 1
+    torch.manual_seed(0)
+    for _ in range(2):
+        eager.zero_grad()
+        eager(images("test_vit")).square().sum().backward()
+    for ours, theirs in zip(model.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+@pytest.mark.parametrize("mode", ["row", "batch"])
+def test_training_compiles_to_a_bounded_number_of_graphs(mode):
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", **(timm_blocks.VIT | dict(depth=12)), drop_path_rate=0.5)
+    assert compiled_graphs(skip_drop_path(model, mode).train(), "test_vit", 20) <= 24
+
+
+@pytest.mark.parametrize("mode", ["row", "count", "batch"])
+def test_autocast(mode):
+    model = skip_drop_path(small("test_vit"), mode).train()
+    values = draw_gates([0.5, 0.5], 1, 0, None if mode == "batch" else 6, mode)
+    with use_gates(model, values):
+        expected = model(images("test_vit"))
+        with torch.autocast("cpu", torch.bfloat16):
+            found = model(images("test_vit"))
+    found.float().sum().backward()
+    assert (found.float() - expected).abs().max() < 0.05 * expected.abs().max()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("mode", ["row", "batch"])
+def test_channels_last_is_kept(mode):
+    model = skip_drop_path(small("convnext_atto"), mode).to(memory_format=torch.channels_last).train()
+    formats = []
+    for gate in gates(model):
+        gate.register_forward_hook(
+            lambda gate, args, output: formats.append(output.is_contiguous(memory_format=torch.channels_last))
+        )
+    model(images("convnext_atto").to(memory_format=torch.channels_last))
+    assert formats
+    assert all(formats)
+
+
+def test_features_only():
+    features = small("swin_tiny_patch4_window7_224", features_only=True).train()
+    expected = copy.deepcopy(features)
+    own = gates(skip_drop_path(features, "row"))
+    values = torch.ones(len(own), 6, dtype=torch.bool)
+    for drop_path in (module for module in expected.modules() if isinstance(module, DropPath)):
+        drop_path.forward = lambda x, p=drop_path.drop_prob: x / (1 - p)
+    x = images("swin_tiny_patch4_window7_224")
+    with use_gates(features, values):
+        for ours, theirs in zip(features(x), expected(x), strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_swins_input_size_set_afterwards():
+    models = [small("swin_tiny_patch4_window7_224").train() for _ in range(2)]
+    skip_drop_path(models[0], "batch")(images("swin_tiny_patch4_window7_224"))
+    for model in models:
+        model.set_input_size((96, 96), window_size=(6, 6))
+    for drop_path in (module for module in models[1].modules() if isinstance(module, DropPath)):
+        drop_path.forward = lambda x, p=drop_path.drop_prob: x / (1 - p)
+    x = torch.randn(2, 3, 96, 96)
+    with use_gates(models[0], torch.ones(len(gates(models[0])), dtype=torch.bool)):
+        torch.testing.assert_close(models[0](x), models[1](x))
+
+
+def test_classifier_and_parameter_groups():
+    plain, model = small("test_vit"), skip_drop_path(small("test_vit"))
+    for network in (plain, model):
+        network.reset_classifier(7)
+    assert model.train()(images("test_vit")).shape == (6, 7)
+    groups = [
+        [(group["lr_scale"], [tuple(p.shape) for p in group["params"]]) for group in optimizer.param_groups]
+        for optimizer in (create_optimizer_v2(m, "adamw", lr=0.1, layer_decay=0.5) for m in (plain, model))
+    ]
+    assert groups[0] == groups[1]
+
+
+def test_exports(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    for model, x in (
+        (skip_drop_path(small("test_vit")), images("test_vit", 2)),
+        (timm.create_model("cifar_resnet110_sd"), torch.randn(2, 3, 32, 32)),
+    ):
+        model.eval()
+        with torch.no_grad():
+            expected = model(x)
+            torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected)
+        torch.onnx.export(model, (x,), tmp_path / "model.onnx", dynamo=True, verbose=False)
+        session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+        (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-3, atol=1e-4)

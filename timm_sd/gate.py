@@ -1,0 +1,303 @@
+"""Gates: which residual branches a training step computes, in the paper's networks and in any timm model alike.
+
+A residual block adds a branch f to a shortcut s. In training a gate decides for which samples of the mini-batch f is
+computed at all:
+
+    open      s + f        (times 1 / p, where the network asks for it)
+    closed    s            f is not computed, forward or backward
+
+    mode     gates                                          drawn
+    "batch"  one for the whole mini-batch, as in the paper  Bernoulli, open with the survival probability p
+    "row"    one for each sample                            the same, independently
+    "count"  one for each sample                            k = max(1, int(B p)) of B open, without replacement
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+MODES = ("batch", "row", "count")
+
+
+def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
+    """Raise a ValueError naming the argument, its value and what is allowed, unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r}, but it must be one of {', '.join(map(repr, allowed))}")
+
+
+def check_survival(name: str, probability: float) -> None:
+    """Raise a ValueError naming the argument and its value unless it lies in (0, 1]."""
+    if not 0 < probability <= 1:
+        raise ValueError(f"{name}={probability!r}, but it must lie in (0, 1]")
+
+
+class _ZeroGradients(torch.autograd.Function):
+    """Identity on the shortcut that gives the dropped branch's parameters gradients of zero.
+
+    Zero, not None: the authors' optimiser still moves a dropped block by momentum and weight decay. PyTorch's
+    optimisers skip a parameter without a gradient, and DistributedDataParallel waits for it in vain.
+    """
+
+    @staticmethod
+    def forward(shortcut: Tensor, *parameters: Tensor) -> Tensor:
+        return shortcut.view_as(shortcut)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        needed = zip(ctx.saved_tensors, ctx.needs_input_grad[1:], strict=True)
+        return gradient, *(torch.zeros_like(parameter) if need else None for parameter, need in needed)
+
+
+class _TakeRows(torch.autograd.Function):
+    """x[rows] of rows that differ from one another, which PyTorch's own, much slower backward pass does not assume.
+
+    (`index_select` would not keep channels_last.)
+    """
+
+    @staticmethod
+    def forward(x: Tensor, rows: Tensor) -> Tensor:
+        return x[rows]
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        x, rows = inputs
+        ctx.save_for_backward(x, rows)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        x, rows = ctx.saved_tensors
+        whole = torch.zeros_like(x, dtype=gradient.dtype)
+        whole[rows] = gradient
+        return whole, None
+
+
+class _AddToRows(torch.autograd.Function):
+    """shortcut.index_add(0, rows, f, alpha=scale), for rows that differ: several times faster with channels_last."""
+
+    @staticmethod
+    def forward(shortcut: Tensor, f: Tensor, rows: Tensor, scale: float) -> Tensor:
+        total = shortcut.to(torch.promote_types(shortcut.dtype, f.dtype), copy=True)
+        total[rows] = torch.add(total[rows], f, alpha=scale)
+        return total
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor, Tensor, Tensor, float], output: Tensor) -> None:
+        shortcut, f, rows, ctx.scale = inputs
+        ctx.types = shortcut.dtype, f.dtype
+        ctx.save_for_backward(rows)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        (rows,) = ctx.saved_tensors
+        shortcut, f = ctx.types
+        return gradient.to(shortcut), (gradient[rows] * ctx.scale).to(f), None, None
+
+
+class Gate(nn.Module):
+    """The gate of one residual branch.
+
+    In training it is drawn in each forward pass from PyTorch's global CPU generator, so that no one waits for a GPU,
+    unless `use_gates` provides it. A gate with p = 1 draws nothing.
+    """
+
+    scale_by_keep = False  # the paper scales by p in inference, not by 1 / p in training
+    copies_shortcut = False  # where a closed gate must give a new tensor, for what follows may change it in place
+
+    def __init__(self, survival: float = 1.0, mode: str = "batch") -> None:
+        """
+        Args:
+            survival: The survival probability p, which may be changed at any time.
+            mode: "batch", "row" or "count".
+
+        Raises:
+            ValueError: A probability outside (0, 1], an unknown mode.
+        """
+        super().__init__()
+        check_survival("survival", survival)
+        check_choice("mode", mode, MODES)
+        self.survival = survival
+        self.mode = mode
+        self.provided: Tensor | None = None
+
+    @property
+    def active(self) -> bool:
+        """Whether it can be closed in the next forward pass."""
+        return self.training and (self.survival < 1 or self.provided is not None)
+
+    def kept(self, batch_size: int) -> int:
+        """k, the number of samples that mode "count" keeps."""
+        return max(1, int(batch_size * self.survival))
+
+    def forward(
+        self,
+        branch: Callable[..., Tensor],
+        shortcut: Tensor,
+        inputs: Sequence[Tensor],
+        parameters: Iterable[Tensor],
+        activation: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """The shortcut plus the branch, the latter computed for the samples whose gate is open.
+
+        Args:
+            branch: f, which computes each sample on its own (but for batch normalisation).
+            shortcut: s, of shape (B, ...).
+            inputs: The arguments of f, each of shape (B, ...).
+            parameters: All tensors that f gives a gradient to: one of zero, where nothing is kept.
+            activation: Applied to the sum. It must leave the shortcut as it is, for it may be skipped where f is.
+
+        Raises:
+            ValueError: `use_gates` provided gates for another number of samples.
+        """
+        batch_size = len(shortcut)
+        if not self.active:
+            return _add(shortcut, branch(*inputs), None, 1.0, activation)
+        if self.mode == "count":
+            scale = batch_size / self.kept(batch_size) if self.scale_by_keep else 1.0
+            rows = self._kept_rows(batch_size).to(shortcut.device, non_blocking=True)
+            return _add(shortcut, branch(*(_TakeRows.apply(x, rows) for x in inputs)), rows, scale, activation)
+        return self._decide(branch, shortcut, inputs, parameters, activation)
+
+    # A gate read inside a compiled region would become part of it, one graph for each pattern of gates. This stays
+    # outside, while the branch that it calls is compiled.
+    @torch.compiler.disable(recursive=False)
+    def _decide(self, branch, shortcut, inputs, parameters, activation) -> Tensor:
+        gate = self.draw(len(shortcut))
+        if not gate.any():
+            dropped = _ZeroGradients.apply(shortcut, *parameters)
+            return dropped.clone() if self.copies_shortcut else dropped
+        scale = 1 / self.survival if self.scale_by_keep else 1.0
+        if self.mode == "batch":
+            return _add(shortcut, branch(*inputs), None, scale, activation)
+        rows = gate.nonzero().squeeze(1).to(shortcut.device, non_blocking=True)
+        return _add(shortcut, branch(*(_TakeRows.apply(x, rows) for x in inputs)), rows, scale, activation)
+
+    @torch.compiler.disable
+    def draw(self, batch_size: int) -> Tensor:
+        """The gate of a forward pass, of shape () in mode "batch" and (B,) in mode "row"."""
+        shape = (batch_size,) if self.mode == "row" else ()
+        if self.provided is None:
+            return torch.rand(shape, dtype=torch.float32, device="cpu") < self.survival
+        self._check_provided(shape)
+        return self.provided
+
+    def _kept_rows(self, batch_size: int) -> Tensor:
+        """The k samples to keep: a fixed number and no value read, so that it compiles."""
+        k = self.kept(batch_size)
+        if self.provided is None:
+            return torch.randperm(batch_size, device="cpu")[:k]
+        self._check_provided((batch_size,))
+        return torch.argsort(self.provided.logical_not().byte(), stable=True)[:k]
+
+    def _check_provided(self, shape: tuple[int, ...]) -> None:
+        if self.provided.shape != shape:
+            raise ValueError(f"gates of shape {tuple(self.provided.shape)}, but this pass needs {shape}")
+
+    def __getstate__(self) -> dict:
+        """Copies and pickles made within `use_gates` do not keep its gates."""
+        return vars(self) | {"provided": None}
+
+    def extra_repr(self) -> str:
+        return f"survival={self.survival:.4f}, mode={self.mode!r}"
+
+
+def _add(
+    shortcut: Tensor,
+    f: Tensor,
+    rows: Tensor | None,
+    scale: float,
+    activation: Callable[[Tensor], Tensor] | None,
+) -> Tensor:
+    """The shortcut plus scale * f, where f has all samples, or those of `rows`."""
+    if rows is None:
+        total = torch.add(shortcut, f, alpha=scale)
+    else:
+        total = _AddToRows.apply(shortcut, f, rows, scale)
+    return total if activation is None else activation(total)
+
+
+def gates(network: nn.Module) -> list[Gate]:
+    """The gates of a network in order of execution, whatever wraps it (DDP, `torch.compile`, feature extractors).
+
+    Each has its `survival` probability. There is one for each residual branch: each block of the paper's networks, each
+    call of a DropPath in a network that `skip_drop_path` changed.
+    """
+    return [module for module in network.modules() if isinstance(module, Gate)]
+
+
+def draw_gates(
+    survival: Sequence[float] | Tensor, seed: int, step: int, batch_size: int | None = None, mode: str | None = None
+) -> Tensor:
+    """The gates of training step `step`, drawn as their mode asks: a pure function of the arguments.
+
+    So a resumed run and every process of a distributed one can have the same gates.
+
+    Args:
+        survival: The survival probability of each of L gates.
+        seed: The run's.
+        step: Counted from the beginning of the run.
+        batch_size: The number of samples B, None in mode "batch".
+        mode: "batch", "row" or "count"; by default "batch" without a batch size and "row" with one.
+
+    Returns:
+        A bool tensor on the CPU, of shape (L,) in mode "batch" and (L, B) in the others.
+    """
+    shape = (len(survival), 1 if batch_size is None else batch_size)
+    uniform = torch.from_numpy(np.random.default_rng([seed, step]).random(shape))
+    probabilities = torch.as_tensor(survival, dtype=torch.float64, device="cpu").unsqueeze(1)
+    if mode == "count":
+        kept = (batch_size * probabilities).int().clamp(min=1)
+        return uniform.argsort(dim=1).argsort(dim=1) < kept
+    drawn = uniform < probabilities
+    return drawn.squeeze(1) if batch_size is None else drawn
+
+
+@contextmanager
+def use_gates(network: nn.Module | list[Gate], values: Tensor) -> Iterator[None]:
+    """Within the context, every training pass of `network` uses these gates.
+
+    The context must hold the backward pass too, since gradient checkpointing computes blocks again there:
+
+        survival = [gate.survival for gate in gates(network)]
+        with use_gates(network, draw_gates(survival, seed, step)):
+            loss = criterion(network(images), labels)
+            loss.backward()
+
+    Args:
+        network: Any module that holds gates, wrapped or not; or the list of its gates, which saves a training loop
+            the search for them in every step.
+        values: A bool tensor with a row for each gate, in order: of shape (L,) in mode "batch", (L, B) in the others.
+
+    Raises:
+        ValueError: `values` is not such a tensor.
+    """
+    own = network if isinstance(network, list) else gates(network)
+    modes = {gate.mode for gate in own}
+    shape = f"({len(own)},)" if modes <= {"batch"} else f"({len(own)}, B)"
+    dimensions = 1 if modes <= {"batch"} else 2
+    if values.dtype != torch.bool or len(values) != len(own) or values.ndim != dimensions:
+        raise ValueError(
+            f"gates of type {values.dtype} and shape {tuple(values.shape)}, but this network's {len(own)} gates in"
+            f" mode {' and '.join(map(repr, sorted(modes)))} take torch.bool of shape {shape}"
+        )
+    values = values.cpu()
+    for gate, value in zip(own, values, strict=True):
+        if gate.mode == "count" and value.sum() != gate.kept(len(value)):
+            raise ValueError(
+                f"{value.sum()} of {len(value)} gates are open, but mode 'count' with p = {gate.survival:g} opens"
+                f" {gate.kept(len(value))}: draw them with mode='count'"
+            )
+    outer = [gate.provided for gate in own]
+    for gate, value in zip(own, values, strict=True):
+        gate.provided = value
+    try:
+        yield
+    finally:
+        for gate, value in zip(own, outer, strict=True):
+            gate.provided = value
