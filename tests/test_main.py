@@ -1,0 +1,117 @@
+"""`python -m timm_sd` runs a script as Python does, with the networks registered and, if asked, models converted."""
+
+import subprocess
+import sys
+
+import pytest
+import timm
+from timm.models import _factory
+
+from timm_sd.__main__ import main
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Run a script's text through main(), in this process; what that changes of timm and sys is undone."""
+    for module in (timm, timm.models, _factory):
+        monkeypatch.setattr(module, "create_model", module.create_model)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    script = tmp_path / "script.py"
+
+    def run(text, *flags):
+        script.write_text(text)
+        monkeypatch.setattr(sys, "argv", ["__main__.py", *flags, str(script)])
+        main()
+
+    return run
+
+
+def test_runs_as_under_python_itself(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "neighbour.py").write_text("name = 'neighbour'")
+    (tmp_path / "folder" / "script.py").write_text(
+        "import sys, timm, neighbour\n"
+        "print(sys.argv)\n"
+        "print(sys.path[0])\n"
+        "print(__name__, vars(sys.modules['__main__']) is globals(), neighbour.name)\n"
+        "print(type(timm.create_model('cifar_resnet20_sd')).__name__)\n"
+        "unpatched = timm.create_model.__wrapped__\n"
+        "print([name for name, module in sys.modules.items() if vars(module).get('create_model') is unpatched])\n"
+        "sys.exit(3)\n"
+    )
+    (tmp_path / "link.py").symlink_to(tmp_path / "folder" / "script.py")
+    args = ["link.py", "--skip-drop-path", "none", "-h", "--", "a b", ""]
+    done = subprocess.run(
+        [sys.executable, "-m", "timm_sd", "--skip-drop-path", "count", *args],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.splitlines() == [
+        str(args),
+        str(tmp_path / "folder"),
+        "__main__ True neighbour",
+        "CifarResNet",
+        "[]",
+    ]
+    assert (done.returncode, done.stderr) == (3, "")
+
+
+MODELS = """
+import pickle
+
+import timm
+from timm import create_model
+from timm.models import create_model as from_models
+from timm_sd import gates
+
+for create in (timm.create_model, create_model, from_models, pickle.loads(pickle.dumps(create_model))):
+    print(*(gate.mode for gate in gates(create("test_vit", drop_path_rate=0.2))))
+print(*gates(timm.create_model(model_name="test_vit")))
+"""
+
+
+@pytest.mark.parametrize("mode", ["batch", "row", "count"])
+def test_every_model_is_converted_in_the_mode(run, capsys, mode):
+    run(MODELS, "--skip-drop-path", mode)
+    *converted, without_drop_path = capsys.readouterr().out.splitlines()
+    assert len(converted) == 4
+    assert {word for line in converted for word in line.split()} == {mode}
+    assert all(converted)
+    assert without_drop_path == ""
+
+
+def test_no_model_is_converted_unasked(run, capsys):
+    run(MODELS)
+    assert capsys.readouterr().out == "\n" * 5
+
+
+def test_exceptions_are_the_scripts_own(run):
+    with pytest.raises(ValueError, match=r"^its own$") as caught:
+        run("raise ValueError('its own')", "--skip-drop-path", "row")
+    assert caught.value.__cause__ is caught.value.__context__ is None
+    assert caught.traceback[-1].path.name == "script.py"
+
+
+def test_error_of_making_a_model_is_timms_own(run):
+    with pytest.raises(RuntimeError, match="Unknown model"):
+        run("import timm; timm.create_model('no_such_model')", "--skip-drop-path", "row")
+
+
+def test_batch_norm_in_a_branch_is_answered_in_one_line(run):
+    text = "import timm; timm.create_model('resnet18', drop_path_rate=0.2)"
+    with pytest.raises(SystemExit, match=r"^python -m timm_sd: .*row, resnet18: .*BatchNorm2d in its branch") as caught:
+        run(text, "--skip-drop-path", "row")
+    assert "\n" not in caught.value.code
+
+
+def test_missing_script_is_answered_in_one_line(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["__main__.py", "missing.py", "--flag"])
+    with pytest.raises(SystemExit, match=r"^python -m timm_sd: there is no file missing\.py$"):
+        main()
+
+
+def test_unknown_mode_is_answered_in_one_line(run, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run("", "--skip-drop-path", "sample")
+    assert capsys.readouterr().err.startswith("python -m timm_sd: argument --skip-drop-path: invalid choice: 'sample'")

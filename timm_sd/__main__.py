@@ -1,0 +1,72 @@
+"""Run a script with this package's networks registered: `python -m timm_sd [--skip-drop-path MODE] SCRIPT [ARGS ...]`.
+
+With --skip-drop-path, the models that the script makes with timm.create_model do not compute in training what their
+DropPaths drop.
+"""
+
+import argparse
+import functools
+import os
+import runpy
+import sys
+
+import timm
+from timm.models import _factory
+from torch import nn
+
+from .command_line import Parser, one_line_errors
+from .errors import UserError
+from .gate import MODES
+from .skip_drop_path import skip_drop_path
+
+PROG = "python -m timm_sd"
+
+
+def parse_args() -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.prog = PROG
+    parser.add_argument(
+        "--skip-drop-path", choices=MODES, help="pass every model through timm_sd.skip_drop_path in this mode"
+    )
+    parser.add_argument("script", metavar="SCRIPT", help="a Python file, such as timm's train.py")
+    parser.add_argument("args", metavar="ARGS", nargs=argparse.REMAINDER, help="the script's own arguments")
+    return parser.parse_args()
+
+
+def skip_in_every_model(mode: str) -> None:
+    """Have `timm.create_model`, under each of its names, pass the models that it makes through `skip_drop_path`."""
+    make = timm.create_model
+
+    @functools.wraps(make)
+    def create_model(model_name: str, *args, **kwargs) -> nn.Module:
+        model = make(model_name, *args, **kwargs)
+        with one_line_errors(PROG):
+            try:
+                return skip_drop_path(model, mode)
+            except ValueError as error:
+                raise UserError(f"--skip-drop-path {mode}, {model_name}: {error}") from error
+
+    for module in (timm, timm.models, _factory):  # the last is where pickle looks it up
+        module.create_model = create_model
+
+
+def run(script: str, args: list[str]) -> None:
+    """As `python SCRIPT ARGS ...` would."""
+    sys.argv = [script, *args]
+    if not getattr(sys.flags, "safe_path", False):  # `python -P`, since Python 3.11
+        sys.path[0] = os.path.dirname(os.path.realpath(script))
+    runpy.run_path(script, run_name="__main__")
+
+
+def main() -> None:
+    args = parse_args()
+    with one_line_errors(PROG):
+        if not os.path.isfile(args.script):
+            raise UserError(f"there is no file {args.script}")
+    if args.skip_drop_path:
+        skip_in_every_model(args.skip_drop_path)
+    run(args.script, args.args)
+
+
+if __name__ == "__main__":
+    main()
