@@ -1,13 +1,39 @@
 """What the benchmark compares is what it says it compares."""
 
+import copy
 import importlib.util
+from itertools import count
 
 import pytest
 import timm
 import torch
 from conftest import SCRIPTS
+from timm.models.vision_transformer import Block
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from timm_sd import draw_gates, stochastic_blocks
+from timm_sd import draw_gates, gates, skip_drop_path
+from timm_sd.errors import UserError
+from timm_sd.stochastic_depth import stochastic_blocks
+
+
+@pytest.fixture(autouse=True)
+def _scripts_import_each_other(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS)
+
+
+@pytest.fixture
+def peers():
+    return importlib.import_module("benchmark_timm")
+
+
+@pytest.fixture
+def _one_thread():
+    """Steps this small only wait for each other on more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -23,7 +49,7 @@ def benchmark(monkeypatch):
 def test_peers_compute_what_they_drop(benchmark, peer):
     """Each branch runs in every training step, with its block's probability of being dropped."""
     network = timm.create_model("cifar_resnet20_sd").train()
-    survival = network.survival_probabilities
+    survival = [gate.survival for gate in gates(network)]
     branches = [block.branch for block in stochastic_blocks(network)]
     benchmark.put_in(network, benchmark.PEERS[peer])
     assert not stochastic_blocks(network)
@@ -60,11 +86,157 @@ def test_the_table(benchmark, capsys, monkeypatch):
     out = capsys.readouterr().out
     for kind in ("constant depth", "stochastic depth, plain loop", "timm DropPath", "torchvision, mode batch"):
         assert f"\n{kind} " in out
-    gates = torch.stack(
-        [draw_gates(timm.create_model("cifar_resnet20_sd").survival_probabilities, 0, t) for t in (0, 1)]
-    )
+    survival = [gate.survival for gate in gates(timm.create_model("cifar_resnet20_sd"))]
+    opened = sum(draw_gates(survival, 0, t).sum().item() for t in (0, 1))
     rows = {line[:48].strip(): line[48:].split() for line in out.splitlines() if line.startswith("cifar_resnet20,")}
-    assert float(rows["cifar_resnet20, stochastic depth"][0]) == pytest.approx(gates.sum().item() / 2)
+    assert float(rows["cifar_resnet20, stochastic depth"][0]) == pytest.approx(opened / 2)
     assert float(rows["cifar_resnet20, constant depth"][0]) == 9
     seconds = float(rows["cifar_resnet20, constant depth"][1])
     assert float(rows["cifar_resnet20, constant depth"][2]) == pytest.approx(1000 * seconds / 9, rel=0.05)
+
+
+def vit_blocks(drop_path):
+    torch.manual_seed(0)
+    return nn.Sequential(*(Block(16, 2, drop_path=drop_path, init_values=0.5) for _ in range(2))).train()
+
+
+def test_dinov2_form_is_mode_count(peers):
+    """Drawn from the same seed, it keeps the same samples, and so has the same outputs and gradients."""
+    networks = [skip_drop_path(vit_blocks(0.4), "count"), nn.Sequential(*map(peers.DinoV2Block, vit_blocks(0.4)))]
+    x = torch.randn(8, 5, 16)
+    results = []
+    for network in networks:
+        torch.manual_seed(1)
+        output = network(x)
+        output.square().sum().backward()
+        # In order of the gradients' norms, since the parameters have other names and places.
+        gradients = sorted((p.grad.flatten() for p in network.parameters()), key=lambda g: g.norm().item())
+        results.append([output, *gradients])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("rate", "computed"), [(0.4, 4), (0.95, 1), (0.1, 8)])
+def test_dinov2_form_computes_only_the_kept_samples(peers, rate, computed):
+    """Not at a rate of a tenth, up to which DINOv2 has DropPath."""
+    (block, _) = vit_blocks(rate)
+    peer = peers.DinoV2Block(copy.deepcopy(block))
+    with FlopCounterMode(display=False) as counted:
+        peer(torch.randn(8, 5, 16)).sum().backward()
+    with FlopCounterMode(display=False) as expected:
+        block(torch.randn(computed, 5, 16)).sum().backward()
+    assert counted.get_total_flops() == expected.get_total_flops() > 0
+
+
+@pytest.mark.parametrize("model", ["test_convnext", "resnet18"])
+def test_backward_flops_of_convolutions(peers, model):
+    """Twice the forward pass's, but for the first convolution, whose input needs no gradient."""
+    network = timm.create_model(model)
+    first = next(module for module in network.modules() if isinstance(module, nn.Conv2d))
+    x = torch.randn(1, *network.pretrained_cfg["input_size"])
+    with FlopCounterMode(display=False) as forward:
+        network(x)
+    with FlopCounterMode(display=False) as without_gradient:
+        first(x)
+    counted = peers.count_flops("no drop path", model, 0.0, 1, [0])
+    assert counted == 3 * forward.get_total_flops() - without_gradient.get_total_flops()
+
+
+def test_kinds_of_a_model(peers):
+    assert peers.kinds("test_vit") == ["no drop path", "DropPath", "DINOv2's form", "batch", "row", "count"]
+    assert peers.kinds("test_convnext") == ["no drop path", "DropPath", "batch", "row", "count"]
+    assert peers.kinds("resnet18") == ["no drop path", "DropPath", "batch"]
+    for model in ("vit_of_nobody", "vgg11"):
+        with pytest.raises(UserError, match=f"--timm-models {model}: "):
+            peers.kinds(model)
+
+
+def test_what_is_dropped(peers):
+    survival = [0.6, 0.95]
+    shares = {kind: peers.dropped(kind, survival, 8, range(50)) for kind in peers.kinds("test_vit")}
+    assert shares["no drop path"] == [0, 0]
+    assert shares["DropPath"] == pytest.approx([0.4, 0.05])
+    assert shares["DINOv2's form"] == pytest.approx([1 - 4 / 8, 0.05])
+    assert shares["count"] == pytest.approx([1 - 4 / 8, 1 - 7 / 8])
+    drawn = [draw_gates(survival, 0, t, 8) for t in range(50)]
+    assert shares["row"] == pytest.approx((1 - torch.stack(drawn).double().mean((0, 2))).tolist())
+    drawn = torch.stack([draw_gates(survival, 0, t) for t in range(50)])
+    assert shares["batch"] == pytest.approx((1 - drawn.double().mean(0)).tolist())
+    assert drawn[peers.fullest_step("batch", survival, 8, 50)].all()
+
+
+def test_the_clock_of_the_branches(peers):
+    """With a clock that ticks whenever it is read: a tick for each branch's forward, one for its backward."""
+    ticks = count()
+    step, seconds = peers.make_clocked_step("test_vit", 0.4, 2, lambda: next(ticks))
+    calls = len(peers.survival_of("test_vit", 0.4))
+    assert calls == len(seconds) > 2
+    step(0)
+    assert seconds == [2] * calls
+    assert next(ticks) == 4 * calls
+
+
+def test_savings(peers):
+    """Against no drop path; the ratio is to DropPath."""
+    measured = {
+        "no drop path": peers.Measured(2.0, 2.0, 0.0, 5e9, 100),
+        "DropPath": peers.Measured(2.1, 1.6, 0.2, 5e9, 120),
+        "row": peers.Measured(1.7, 1.6, 0.2, 4e9, 90),
+    }
+    rows = [line.split() for line in peers.table(measured, batch_size=8).splitlines()[1:]]
+    assert rows[0][3:] == ["2.000", "4.00", "0.952", "1.000", "100", "0.833", "0.000", "2.000", "-"]
+    assert rows[1][-3:] == ["0.200", "1.600", "-25.0%"]
+    assert rows[2][1:] == ["1.700", "4.71", "0.810", "0.800", "90", "0.750", "0.200", "1.600", "75.0%"]
+
+
+@pytest.mark.usefixtures("_one_thread")
+def test_timm_models_and_their_plot(benchmark, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(benchmark, "in_own_process", lambda *args: 100)  # peak memory
+    plot = tmp_path / "timm.svg"
+    benchmark.compare_timm(["test_vit"], [0.1, 0.4], 2, 1, plot)
+    out = capsys.readouterr().out
+    for rate, table in zip((0.1, 0.4), out.split("A training step of ")[1:], strict=True):
+        assert table.startswith(f"test_vit at drop path rate {rate}, batch 2, 1 steps")
+    rows = {line[:14].strip(): line[14:].split() for line in table.splitlines()[2:8]}
+    assert list(rows) == ["no drop path", "DropPath", "DINOv2's form", "batch", "row", "count"]
+    flops = {kind: float(row[3]) for kind, row in rows.items()}
+    assert flops["no drop path"] == flops["DropPath"] == 1 > flops["DINOv2's form"] > flops["count"] > 0.5
+    assert plot.read_text().startswith("<?xml")
+
+
+def test_what_the_plot_shows(peers):
+    def of_kind(seconds, perfect):
+        return peers.Measured(seconds, perfect, 0.2, 1e9, 100)
+
+    vit = {
+        "no drop path": of_kind(1.9, 1.9),
+        "DropPath": of_kind(2.0, 1.5),
+        "DINOv2's form": of_kind(1.8, 1.5),
+        "batch": of_kind(1.6, 1.5),
+        "row": of_kind(1.7, 1.5),
+        "count": of_kind(1.5, 1.4),
+    }
+    resnet = {kind: vit[kind] for kind in ("no drop path", "DropPath", "batch")}
+    figure = peers.draw_times({"vit_small_patch16_224": vit, "resnet50": resnet}, 0.4)
+    (axes,) = figure.axes
+    assert [bar.get_height() for bar in axes.patches] == pytest.approx([1, 0.85, 0.75, 0.8, 1, 0.8])
+    perfect = [lines.get_segments()[0][0][1] for lines in axes.collections]
+    assert perfect == pytest.approx([0.75, 0.7, 0.75, 0.75])
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["vit_small", "resnet50"]
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == ["timm's DropPath", 'mode "row"', 'mode "count"', 'mode "batch"', "perfect skipping"]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--timm-rates", "0"],
+        ["--parts", "step", "--plot", "timm.svg"],
+        ["--plot", "timm.xyz"],
+        ["--plot", "nowhere/timm.svg"],
+    ],
+)
+def test_flags_are_checked_before_anything_is_measured(command, flags):
+    status, _, err = command("benchmark", *flags)
+    assert status == 2
+    assert err.startswith(f"benchmark.py: {flags[-2]}")
+    assert err.count("\n") == 1

@@ -9,27 +9,31 @@ import multiprocessing
 import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
 
+import benchmark_timm
 import timm
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from benchmark_timm import NONE, Measured
 from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.datasets import CIFAR10
 from torchvision.ops import StochasticDepth as TorchvisionStochasticDepth
 from torchvision.transforms import v2
-from tqdm import trange
+from tqdm import tqdm, trange
 
-from timm_sd import data, draw_gates, stochastic_blocks, use_gates
+from timm_sd import data, draw_gates, figures, gates, use_gates
 from timm_sd.command_line import Parser, one_line_errors
+from timm_sd.errors import UserError
 from timm_sd.options import Options
+from timm_sd.stochastic_depth import stochastic_blocks
 from timm_sd.training import Run, use_all_cores
 
-PARTS = ("data", "step", "depth")
+PARTS = ("data", "step", "depth", "timm")
 DEPTHS = (20, 56, 110, 1202)
 Step = Callable[[int], None]
 
@@ -51,13 +55,17 @@ def put_in(network: nn.Module, make_drop: Callable[[float], nn.Module]) -> None:
     """Have a network's blocks drop as a peer does."""
     names = {block: name for name, block in network.named_modules()}
     for block in stochastic_blocks(network):
-        network.set_submodule(names[block], PeerBlock(block.branch, block.shortcut, make_drop(1 - block.survival)))
+        network.set_submodule(names[block], PeerBlock(block.branch, block.shortcut, make_drop(1 - block.gate.survival)))
 
 
 PEERS = {
     "timm DropPath": lambda drop: DropPath(drop, scale_by_keep=True),
     "torchvision, mode batch": lambda drop: TorchvisionStochasticDepth(drop, "batch"),
 }
+
+
+def survival_of(network: nn.Module) -> list[float]:
+    return [gate.survival for gate in gates(network)]
 
 
 def make_run(model: str, batch_size: int, **options) -> Run:
@@ -79,7 +87,7 @@ def plain_step(model: str, batch_size: int) -> Step:
     """A step of the same network and gates as one writes it first: default layout, default optimiser, loss read."""
     accelerator = Accelerator()
     network = timm.create_model(model).to(accelerator.device).train()
-    survival = network.survival_probabilities
+    survival = survival_of(network)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-4)
     images = torch.randn(batch_size, 3, 32, 32, device=accelerator.device)
     labels = torch.randint(10, (batch_size,), device=accelerator.device)
@@ -105,7 +113,7 @@ def make_step(kind: str, model: str, batch_size: int) -> Step:
     run = make_run(name, batch_size, grad_checkpointing="checkpointing" in kind, cuda_graphs="graphs" in kind)
     if kind in PEERS:
         put_in(run.network, PEERS[kind])
-        run.blocks, run.survival = [], []
+        run.gates, run.survival = [], []
     if run.graphed:
         run.graph_blocks()
     return run_step(run)
@@ -118,10 +126,10 @@ def now() -> float:
     return time.perf_counter()
 
 
-def time_steps(steps: dict[str, Step], count: int) -> dict[str, list[float]]:
-    """Seconds of each of `count` steps, the kinds taking turns, after two to warm up."""
+def time_steps(steps: dict[Hashable, Step], count: int, warm_up: int = 2) -> dict[Hashable, list[float]]:
+    """Seconds of each of `count` steps, the kinds taking turns, after those that warm up."""
     seconds = {kind: [] for kind in steps}
-    for t in trange(-2, count, unit="step", leave=False, disable=None):
+    for t in trange(-warm_up, count, unit="step", leave=False, disable=None):
         for kind, step in steps.items():
             started = now()
             step(max(t, 0))
@@ -130,16 +138,16 @@ def time_steps(steps: dict[str, Step], count: int) -> dict[str, list[float]]:
     return seconds
 
 
-def peak_memory(kind: str, model: str, batch_size: int, steps: int) -> float:
+def peak_memory(make_step: Callable[..., Step], args: tuple, steps: Iterable[int]) -> float:
     """MiB of a GPU that are taken for the steps, or by which this process's resident memory grows at its peak.
 
     The former holds everything, network, data and graphs too, since graphs take their memory before they are replayed.
     """
     use_all_cores()
-    step = make_step(kind, model, batch_size)
+    step = make_step(*args)
     Path("/proc/self/clear_refs").write_text("5")  # what came before, the making of the data, is no peak of the steps
     before = resident_memory("VmRSS")
-    for t in range(steps):
+    for t in steps:
         step(t)
     if torch.cuda.is_available():
         return torch.cuda.max_memory_reserved() / 2**20
@@ -189,13 +197,13 @@ def compare_steps(model: str, batch_size: int, count: int) -> float:
     kinds = ["constant depth", "stochastic depth", "constant depth, plain loop", "stochastic depth, plain loop", *PEERS]
     if torch.cuda.is_available():
         kinds += ["constant depth, CUDA graphs", "stochastic depth, CUDA graphs"]
-    memory = {kind: in_own_process(peak_memory, kind, model, batch_size, count) for kind in kinds}
+    memory = {kind: in_own_process(peak_memory, make_step, (kind, model, batch_size), range(count)) for kind in kinds}
 
     # Apart from the step that is timed, so that the clock's hooks are not in it.
     clocked = make_run(model, batch_size)
     stage_seconds = clock_stages(clocked.network)
     steps = {kind: make_step(kind, model, batch_size) for kind in kinds}
-    stochastic = timm.create_model(f"{model}_sd").survival_probabilities
+    stochastic = survival_of(timm.create_model(f"{model}_sd"))
     clocked_step = run_step(clocked)
     clocked_step(0)
     stage_seconds[:] = [0.0] * len(stage_seconds)
@@ -277,16 +285,78 @@ def compare_depths(batch_size: int, count: int) -> None:
         kinds = ["constant depth", "stochastic depth"]
         if depth == DEPTHS[-1]:
             kinds += ["constant depth, checkpointing", "stochastic depth, checkpointing"]
-        memory = {kind: in_own_process(peak_memory, kind, model, batch_size, count) for kind in kinds}
+        memory = {
+            kind: in_own_process(peak_memory, make_step, (kind, model, batch_size), range(count)) for kind in kinds
+        }
         seconds = time_steps({kind: make_step(kind, model, batch_size) for kind in kinds}, count)
         for kind in kinds:
-            survival = timm.create_model(model if kind.startswith("constant") else f"{model}_sd").survival_probabilities
-            gates = torch.stack([draw_gates(survival, 0, t) for t in range(count)])
-            active, mean = gates.double().sum(1).mean().item(), statistics.mean(seconds[kind])
+            survival = survival_of(timm.create_model(model if kind.startswith("constant") else f"{model}_sd"))
+            drawn = torch.stack([draw_gates(survival, 0, t) for t in range(count)])
+            active, mean = drawn.double().sum(1).mean().item(), statistics.mean(seconds[kind])
             print(
                 f"{model + ', ' + kind:48} {active:7.1f} {mean:9.3f} {1e3 * mean / active:9.2f} {memory[kind]:7.0f}"
                 f" {memory[kind] / active:10.2f}"
             )
+
+
+def measure_timm(model: str, rates: Sequence[float], batch_size: int, count: int) -> dict[float, dict[str, Measured]]:
+    """All kinds of training step of a timm model by drop path rate, all rates in one run.
+
+    Peak memory is that of the step that drops least.
+    """
+    none = (NONE, 0.0)  # the same for all rates
+    kinds = benchmark_timm.kinds(model)
+    cases = {rate: {kind: none if kind == NONE else (kind, rate) for kind in kinds} for rate in rates}
+    distinct = dict.fromkeys(case for of_rate in cases.values() for case in of_rate.values())
+    survival = {0.0: [], **{rate: benchmark_timm.survival_of(model, rate) for rate in rates}}
+
+    flops, memory = {}, {}
+    for kind, rate in tqdm(distinct, f"memory of {model}", leave=False, disable=None):
+        flops[kind, rate] = benchmark_timm.count_flops(kind, model, rate, batch_size, range(count))
+        # Twice, since the first step's optimiser has no momentum yet.
+        steps = 2 * [benchmark_timm.fullest_step(kind, survival[rate], batch_size, count)]
+        args = (kind, model, rate, batch_size)
+        memory[kind, rate] = in_own_process(peak_memory, benchmark_timm.make_step, args, steps)
+
+    # Apart from the steps that are timed, so that the clock is not in them.
+    clocked_step, branch_seconds = benchmark_timm.make_clocked_step(model, max(rates), batch_size, now)
+    steps = {case: benchmark_timm.make_step(case[0], model, case[1], batch_size) for case in distinct}
+    clocked_step(0)
+    branch_seconds[:] = [0.0] * len(branch_seconds)
+    seconds = time_steps(steps | {"clocked": clocked_step}, count, warm_up=1)
+    branch_seconds = [total / (count + 1) for total in branch_seconds]
+    mean = {case: statistics.mean(times) for case, times in seconds.items()}
+
+    measured = {}
+    for rate, of_rate in cases.items():
+        measured[rate] = {}
+        for kind, case in of_rate.items():
+            dropped = benchmark_timm.dropped(kind, survival[rate], batch_size, range(count))
+            perfect = perfect_seconds(mean[none], branch_seconds, dropped)
+            share = (mean[none] - perfect) / sum(branch_seconds)
+            measured[rate][kind] = Measured(mean[case], perfect, share, flops[case], memory[case])
+    return measured
+
+
+def compare_timm(models: Sequence[str], rates: Sequence[float], batch_size: int, count: int, plot: Path | None) -> None:
+    """Print a table for each model and drop path rate, and draw the highest rate."""
+    at_highest = {}
+    for model in models:
+        for rate, of_rate in measure_timm(model, rates, batch_size, count).items():
+            print(f"\nA training step of {model} at drop path rate {rate:g}, batch {batch_size}, {count} steps")
+            print(benchmark_timm.table(of_rate, batch_size))
+            if rate == max(rates):
+                at_highest[model] = of_rate
+    print(
+        "\nratios are to DropPath; `dropped` is the share of the samples that these steps drop, weighted by the time of"
+        "\nthe branches; perfect skipping spares that time and costs none, and would take `perfect` seconds a step;"
+        "\n`saved` is the share of its saving that is realised, both savings being against no drop path"
+    )
+    if plot is not None:
+        try:
+            figures.save(benchmark_timm.draw_times(at_highest, max(rates)), plot)
+        except OSError as error:
+            raise UserError(f"cannot write {plot} ({error.strerror}): choose another --plot") from error
 
 
 def parse_args() -> argparse.Namespace:
@@ -297,8 +367,23 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=64, help="of each kind")
     parser.add_argument("--depth-batch-size", type=int, default=32)
     parser.add_argument("--depth-steps", type=int, default=8)
+    parser.add_argument("--timm-models", nargs="+", default=benchmark_timm.MODELS, metavar="MODEL")
+    parser.add_argument("--timm-rates", nargs="+", type=float, default=benchmark_timm.RATES, metavar="RATE")
+    parser.add_argument("--timm-batch-size", type=int, default=8)
+    parser.add_argument("--timm-steps", type=int, default=6)
+    parser.add_argument("--plot", type=Path, help="PNG or SVG of the timm models' steps at the highest of their rates")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder of torchvision's CIFAR-10 files")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if not all(0 < rate < 1 for rate in args.timm_rates):
+        parser.error(f"--timm-rates {' '.join(map(str, args.timm_rates))}: they must lie between 0 and 1")
+    if args.plot is not None:
+        if "timm" not in args.parts:
+            parser.error("--plot: it draws the part timm")
+        if args.plot.suffix not in (".png", ".svg"):
+            parser.error(f"--plot {args.plot}: it must end in .png or .svg")
+        if not args.plot.parent.is_dir():
+            parser.error(f"--plot {args.plot}: there is no folder {args.plot.parent}")
+    return args
 
 
 def main() -> None:
@@ -317,6 +402,8 @@ def main() -> None:
             print(f"the data take {100 * batch_seconds / step_seconds:.2f}% of a training step with stochastic depth")
         if "depth" in args.parts:
             compare_depths(args.depth_batch_size, args.depth_steps)
+        if "timm" in args.parts:
+            compare_timm(args.timm_models, args.timm_rates, args.timm_batch_size, args.timm_steps, args.plot)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,290 @@
+"""What `benchmark.py --parts timm` compares: a timm model's training step with the ways there are to drop paths.
+
+Each kind of step is of the same model with the same probabilities:
+
+    "no drop path"            every branch is computed and kept
+    "DropPath"                timm's own: every branch is computed, and then zeroed for some samples
+    "DINOv2's form"           of ViTs: a branch is computed for a random subset of the samples
+    "row", "count", "batch"   what `skip_drop_path` makes of it in each mode
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import timm
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
+
+from timm_sd import draw_gates, gates, skip_drop_path, use_gates
+from timm_sd.errors import UserError
+from timm_sd.gate import MODES
+
+MODELS = ("vit_small_patch16_224", "swin_tiny_patch4_window7_224", "convnext_tiny", "resnet50")
+RATES = (0.1, 0.4)
+NONE, DROP_PATH, DINOV2 = "no drop path", "DropPath", "DINOv2's form"
+COLOURS = {DROP_PATH: "0.72", "row": "#0072B2", "count": "#009E73", "batch": "#E69F00"}  # Okabe and Ito's
+Step = Callable[[int], None]
+
+
+class Measured(NamedTuple):
+    """A kind of training step."""
+
+    seconds: float
+    perfect: float  # seconds, had it taken no time to drop what it drops
+    dropped: float  # share of the samples, weighted by the time of the branches
+    flops: float
+    memory: float  # MiB
+
+
+class DinoV2Block(nn.Module):
+    """A ViT block as DINOv2 trains it: a branch that drops more than a tenth of the samples skips a fixed number."""
+
+    SMALLEST_RATE = 0.1  # up to it, DropPath
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        attention = nn.Sequential(block.norm1, block.attn, block.ls1)
+        mlp = nn.Sequential(block.norm2, block.mlp, block.ls2)
+        self.branches = nn.ModuleList([attention, mlp])
+        self.drop_paths = nn.ModuleList([block.drop_path1, block.drop_path2])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for branch, drop_path in zip(self.branches, self.drop_paths, strict=True):
+            x = self.add(x, branch, drop_path)
+        return x
+
+    def add(self, x: Tensor, branch: nn.Module, drop_path: nn.Module) -> Tensor:
+        rate = getattr(drop_path, "drop_prob", 0.0)
+        if not self.training or rate <= self.SMALLEST_RATE:
+            return x + drop_path(branch(x))
+        rows = torch.randperm(len(x), device=x.device)[: kept(len(x), rate)]
+        residual = branch(x[rows]).flatten(1).to(x.dtype)
+        return x.flatten(1).index_add(0, rows, residual, alpha=len(x) / len(rows)).view_as(x)
+
+
+def kept(batch_size: int, rate: float) -> int:
+    """Of how many samples DINOv2's form computes a branch."""
+    return max(1, int(batch_size * (1 - rate)))
+
+
+def kinds(model: str) -> list[str]:
+    """Those that a model allows: "row" and "count" take no BatchNorm, and DINOv2's form is of ViTs.
+
+    Raises UserError for a model that timm does not have, or whose DropPaths cannot be skipped.
+    """
+    if not timm.is_model(model):
+        raise UserError(f"--timm-models {model}: timm has no such model")
+    allowed = []
+    for kind in (DINOV2, *MODES):
+        try:
+            with torch.device("meta"):
+                make_network(kind, model, 0.1)
+        except (TypeError, ValueError) as error:  # the former if the model takes no drop path rate
+            reason = error
+        else:
+            allowed.append(kind)
+    if not set(allowed) & set(MODES):
+        raise UserError(f"--timm-models {model}: {reason}")
+    return [NONE, DROP_PATH, *allowed]
+
+
+def make_network(kind: str, model: str, rate: float) -> nn.Module:
+    """Raises ValueError if the kind is not for this model."""
+    network = timm.create_model(model, drop_path_rate=0.0 if kind == NONE else rate)
+    if kind in MODES:
+        skip_drop_path(network, kind, strict=True)
+        if not gates(network):
+            raise ValueError("it has no DropPath")
+    if kind == DINOV2:
+        if not isinstance(network, VisionTransformer) or any(type(block) is not Block for block in network.blocks):
+            raise ValueError("it is not made of ViT blocks")
+        network.blocks = nn.Sequential(*map(DinoV2Block, network.blocks))
+    return network.train()
+
+
+def survival_of(model: str, rate: float) -> list[float]:
+    """The survival probability of each call of a DropPath, in order."""
+    with torch.device("meta"):
+        return [gate.survival for gate in gates(make_network("batch", model, rate))]
+
+
+def draw(kind: str, survival: Sequence[float], batch_size: int, t: int) -> Tensor:
+    """The gates of step t, in the shape that their mode takes."""
+    return draw_gates(survival, 0, t, None if kind == "batch" else batch_size, kind)
+
+
+def dropped(kind: str, survival: Sequence[float], batch_size: int, steps: Iterable[int]) -> list[float]:
+    """For each call of a DropPath, the share of the samples that it drops in these steps; DropPath's in expectation."""
+    if kind == NONE:
+        return [0.0] * len(survival)
+    if kind in MODES:
+        drawn = torch.stack([draw(kind, survival, batch_size, t) for t in steps]).double()
+        return (1 - drawn.view(len(drawn), len(survival), -1).mean((0, 2))).tolist()
+    rates = [1 - p for p in survival]
+    if kind == DROP_PATH:
+        return rates
+    return [1 - kept(batch_size, rate) / batch_size if rate > DinoV2Block.SMALLEST_RATE else rate for rate in rates]
+
+
+def fullest_step(kind: str, survival: Sequence[float], batch_size: int, count: int) -> int:
+    """Of steps 0 to `count` - 1, the one that drops least, and so needs most memory."""
+    return min(range(count), key=lambda t: sum(dropped(kind, survival, batch_size, [t])))
+
+
+def make_pass(network: nn.Module, kind: str, batch_size: int, open_all: bool = False) -> Step:
+    """A function that makes the forward and backward pass of step t, on one batch over and over.
+
+    With `open_all`, no gate drops anything.
+    """
+    accelerator = Accelerator()
+    own = gates(network)
+    survival = [1.0 if open_all else gate.survival for gate in own]
+    device = next(network.parameters()).device
+    images = torch.randn(batch_size, *network.pretrained_cfg["input_size"], device=device)
+    labels = torch.randint(network.num_classes, (batch_size,), device=device)
+
+    def make(t: int) -> None:
+        values = draw(kind, survival, batch_size, t) if own else torch.empty(0, dtype=torch.bool)
+        with use_gates(own, values):
+            with accelerator.autocast():
+                loss = F.cross_entropy(network(images), labels)
+            loss.backward()
+
+    return make
+
+
+def make_step(kind: str, model: str, rate: float, batch_size: int) -> Step:
+    """A function that makes training step t."""
+    torch.manual_seed(0)
+    network = make_network(kind, model, rate).to(Accelerator().device)
+    return training_step(network, make_pass(network, kind, batch_size))
+
+
+def training_step(network: nn.Module, make: Step) -> Step:
+    """Around a pass of a network, SGD."""
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
+
+    def step(t: int) -> None:
+        make(t)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def make_clocked_step(model: str, rate: float, batch_size: int, now: Callable[[], float]) -> tuple[Step, list[float]]:
+    """A training step that drops nothing, and for each call of a DropPath the seconds that its branch has taken."""
+    torch.manual_seed(0)
+    network = make_network("batch", model, rate).to(Accelerator().device)
+    seconds = clock_branches(network, now)
+    return training_step(network, make_pass(network, "batch", batch_size, open_all=True)), seconds
+
+
+def clock_branches(network: nn.Module, now: Callable[[], float]) -> list[float]:
+    """A list to which every training step of the network adds the seconds of each gate's branch, forward and backward.
+
+    A branch's backward pass lasts from the gradient of its output to that of its first input.
+    """
+    seconds = [0.0] * len(gates(network))
+
+    def clock(index: int, sign: int) -> None:
+        seconds[index] += sign * now()
+
+    for index, gate in enumerate(gates(network)):
+
+        def replace_branch(_, args: tuple, index: int = index) -> tuple:
+            branch, *others = args
+
+            def clocked(*inputs: Tensor) -> Tensor:
+                clock(index, -1)
+                # Views, whose gradients are those of the branch alone, without the shortcut's.
+                inputs = [x.view_as(x) for x in inputs]
+                inputs[0].register_hook(lambda _: clock(index, 1))
+                output = branch(*inputs)
+                clock(index, 1)
+                output.register_hook(lambda _: clock(index, -1))
+                return output
+
+            return clocked, *others
+
+        gate.register_forward_pre_hook(replace_branch)
+    return seconds
+
+
+def count_conv_backward(grad: Sequence[int], x: Sequence[int], weight: Sequence[int], *args, **_) -> int:
+    """Operations of a convolution's backward pass, from shapes: the forward pass's for each gradient that is needed.
+
+    PyTorch's own count takes no account of groups, and so multiplies a depthwise convolution's by its channels.
+    """
+    *_, transposed, _, _, needed = args
+    return sum(needed[:2]) * conv_flop_count(x, weight, grad, transposed)
+
+
+def count_flops(kind: str, model: str, rate: float, batch_size: int, steps: Sequence[int]) -> float:
+    """The mean number of operations of these steps, forward and backward, of tensors that have shapes but no data."""
+    with torch.device("meta"):
+        network = make_network(kind, model, rate)
+    make = make_pass(network, kind, batch_size)
+    if kind not in MODES or kind == "count":
+        steps = steps[:1]  # all are alike
+    make(steps[0])  # what a first pass does to learn about shapes is no part of a step
+    own_count = {torch.ops.aten.convolution_backward: count_conv_backward}
+    with FlopCounterMode(display=False, custom_mapping=own_count) as counter:
+        for t in steps:
+            make(t)
+    return counter.get_total_flops() / len(steps)
+
+
+def table(measured: dict[str, Measured], batch_size: int) -> str:
+    """The kinds of step of one model at one rate, a line each."""
+    base, none = measured[DROP_PATH], measured[NONE]
+    lines = [
+        f"{'':14} {'s a step':>9} {'images/s':>9} {'ratio':>6} {'FLOPs':>6} {'MiB':>7} {'ratio':>6}"
+        f" {'dropped':>8} {'perfect':>8} {'saved':>7}"
+    ]
+    for kind, of_kind in measured.items():
+        seconds, perfect, dropped, flops, memory = of_kind
+        saved = f"{(none.seconds - seconds) / (none.seconds - perfect):.1%}" if dropped else "-"
+        lines.append(
+            f"{kind:14} {seconds:9.3f} {batch_size / seconds:9.2f} {seconds / base.seconds:6.3f}"
+            f" {flops / base.flops:6.3f} {memory:7.0f} {memory / base.memory:6.3f}"
+            f" {dropped:8.3f} {perfect:8.3f} {saved:>7}"
+        )
+    return "\n".join(lines)
+
+
+def draw_times(measured: dict[str, dict[str, Measured]], rate: float) -> Figure:
+    """By model, at one drop path rate: a bar a kind of step, and across it perfect skipping of the same samples."""
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    axes = figure.subplots()
+    width = 0.2
+    for place, of_model in enumerate(measured.values()):
+        base = of_model[DROP_PATH].seconds
+        shown = [kind for kind in COLOURS if kind in of_model]
+        for index, kind in enumerate(shown):
+            position = place + width * (index - (len(shown) - 1) / 2)
+            ratio = of_model[kind].seconds / base
+            bar = axes.bar(position, ratio, 0.92 * width, color=COLOURS[kind])
+            axes.bar_label(bar, [f"{ratio:.2f}"], padding=2, fontsize=8.5)
+            if kind != DROP_PATH:
+                ends = position - 0.46 * width, position + 0.46 * width
+                perfect = axes.hlines(of_model[kind].perfect / base, *ends, colors="black", linewidth=1.8)
+    names = {DROP_PATH: "timm's DropPath"}
+    handles = [Patch(color=colour, label=names.get(kind, f'mode "{kind}"')) for kind, colour in COLOURS.items()]
+    perfect.set_label("perfect skipping")
+    figure.legend(
+        handles=[*handles, perfect], loc="outside upper center", ncols=5, frameon=False, fontsize=9, handlelength=1.4
+    )
+    axes.set_xticks(range(len(measured)), [model.split("_patch")[0] for model in measured])
+    axes.tick_params(axis="x", length=0)
+    axes.set_ylabel(f"time of a training step at\ndrop path rate {rate:g}, DropPath = 1")
+    axes.set_axisbelow(True)
+    axes.grid(axis="y", alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
