@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_model, save_file
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
 from timm_sd import CifarResNet, gates
 
@@ -197,6 +198,15 @@ def test_other_codes_plain_weights(trained):
     assert len(ones) == 9
     model.load_state_dict({**weights, **ones})
     assert_same_function(model, trained)
+
+
+def test_state_dicts_of_distributed_checkpoints(trained):
+    """Which look every entry up as an attribute."""
+    state = get_model_state_dict(trained)
+    assert list(state) == list(trained.state_dict())
+    network = timm.create_model("cifar_resnet20")
+    set_model_state_dict(network, state)
+    assert_same_function(network, trained)
 
 
 def test_what_is_loaded_stays_as_it_is(trained):

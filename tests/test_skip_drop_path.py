@@ -6,6 +6,7 @@ import re
 import warnings
 from pathlib import Path
 
+import onnxruntime
 import pytest
 import timm
 import timm_blocks
@@ -600,7 +601,6 @@ def test_classifier_and_parameter_groups():
 
 
 def test_exports(tmp_path):
-    onnxruntime = pytest.importorskip("onnxruntime")
     for model, x in (
         (skip_drop_path(small("test_vit")), images("test_vit", 2)),
         (timm.create_model("cifar_resnet110_sd"), torch.randn(2, 3, 32, 32)),

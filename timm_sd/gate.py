@@ -79,13 +79,12 @@ class _TakeRows(torch.autograd.Function):
 
 
 class _AddToRows(torch.autograd.Function):
-    """shortcut.index_add(0, rows, f, alpha=scale), for rows that differ: several times faster with channels_last."""
+    """shortcut.index_add(0, rows, f, alpha=scale), whose own result would not keep channels_last."""
 
     @staticmethod
     def forward(shortcut: Tensor, f: Tensor, rows: Tensor, scale: float) -> Tensor:
         total = shortcut.to(torch.promote_types(shortcut.dtype, f.dtype), copy=True)
-        total[rows] = torch.add(total[rows], f, alpha=scale)
-        return total
+        return total.index_add_(0, rows, f.to(total.dtype), alpha=scale)
 
     @staticmethod
     def setup_context(ctx, inputs: tuple[Tensor, Tensor, Tensor, float], output: Tensor) -> None:
@@ -108,6 +107,7 @@ class Gate(nn.Module):
     """
 
     scale_by_keep = False  # the paper scales by p in inference, not by 1 / p in training
+    __jit_unused_properties__ = ("active",)
     copies_shortcut = False  # where a closed gate must give a new tensor, for what follows may change it in place
 
     def __init__(self, survival: float = 1.0, mode: str = "batch") -> None:
@@ -135,6 +135,7 @@ class Gate(nn.Module):
         """k, the number of samples that mode "count" keeps."""
         return max(1, int(batch_size * self.survival))
 
+    @torch.jit.unused
     def forward(
         self,
         branch: Callable[..., Tensor],

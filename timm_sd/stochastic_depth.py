@@ -44,6 +44,8 @@ class StochasticDepth(nn.Module):
     The output of a dropped block can be its input: do not change it in place. TorchScript is for inference only.
     """
 
+    __jit_unused_properties__ = ("survival",)
+
     def __init__(
         self,
         branch: nn.Sequential,
@@ -73,9 +75,14 @@ class StochasticDepth(nn.Module):
         self.activation = activation
         self.gate = Gate(survival, mode)
 
+    @property
+    def survival(self) -> float:
+        """p_b, the gate's. (Distributed checkpoints look up an entry of the state dict as an attribute.)"""
+        return self.gate.survival
+
     def forward(self, x: Tensor) -> Tensor:
         """H_{b-1} of shape (B, ...) to H_b."""
-        if self.training and not torch.jit.is_scripting():
+        if not torch.jit.is_scripting() and self.training:
             return self.gate(self.branch, self.shortcut(x), [x], self.branch.parameters(), self.activation)
         if self.training and self.gate.survival < 1:
             raise RuntimeError("TorchScript does not train with stochastic depth: call eval(), or use torch.compile")
