@@ -83,10 +83,13 @@ class StochasticDepth(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """H_{b-1} of shape (B, ...) to H_b."""
         if not torch.jit.is_scripting() and self.training:
-            return self.gate(self.branch, self.shortcut(x), [x], self.branch.parameters(), self.activation)
+            return self.gate(self._branch, self.shortcut(x), [x], self.branch.parameters(), self.activation)
         if self.training and self.gate.survival < 1:
             raise RuntimeError("TorchScript does not train with stochastic depth: call eval(), or use torch.compile")
         return self.activation(torch.add(self.shortcut(x), self.branch(x), alpha=self.gate.survival))
+
+    def _branch(self, x: Tensor) -> Tensor:
+        return self.branch(x)  # what the gate calls, since torch.compile starts no graph at nn.Sequential's own code
 
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
