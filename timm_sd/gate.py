@@ -68,12 +68,13 @@ class _TakeRows(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
         x, rows = inputs
-        ctx.save_for_backward(x, rows)
+        ctx.like = torch.empty_like(x, device="meta")  # x itself would be kept until the backward pass
+        ctx.save_for_backward(rows)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        x, rows = ctx.saved_tensors
-        whole = torch.zeros_like(x, dtype=gradient.dtype)
+        (rows,) = ctx.saved_tensors
+        whole = torch.zeros_like(ctx.like, dtype=gradient.dtype, device=gradient.device)
         whole[rows] = gradient
         return whole, None
 
