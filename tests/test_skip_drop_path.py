@@ -6,13 +6,14 @@ import re
 import warnings
 from pathlib import Path
 
+import numpy as np
 import onnxruntime
 import pytest
 import timm
 import timm_blocks
 import torch
 import torch.distributed as dist
-from timm.layers import DropPath
+from timm.layers import DropPath, LayerScale
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -113,9 +114,10 @@ def randomised(block):
 
 # Why a DropPath of these classes still computes what it drops, as docs/any-timm-model.md says.
 LEFT = {
+    "coat.ParallelBlock": "its branch is used elsewhere",
     "edgenext.SplitTransposeBlock": "within the branch of another DropPath",
     "efficientvim.EfficientViMBlock": "what its branch returns beside it is used elsewhere",
-    "mvitv2.MultiScaleBlock": "what its branch returns beside it is used elsewhere",
+    "mvitv2.MultiScaleBlock": "its branch is used elsewhere",
     "nextvit.NextTransformerBlock": "does not go straight into a sum",
     "rdnet.DenseBlock": "cannot be traced",
     "resnest.ResNestBottleneck": "does not go straight into a sum|used more than once",
@@ -160,8 +162,9 @@ def test_blocks_compute_what_timms_do(name):
                     ours = skipping[0].get_submodule(path)
                     ours.forward = nn.Identity().forward  # calls that are left
                     if id(ours) in skipped:
-                        spared = cls == "edgenext.SplitTransposeBlock"  # of its two calls the first is left
-                        original.set_submodule(path, ForcedDropPath(module, masks, draw, int(spared)))
+                        # Of these one DropPath's first calls are left.
+                        spared = {"edgenext.SplitTransposeBlock": 1, "coat.ParallelBlock": 3}.get(cls, 0)
+                        original.set_submodule(path, ForcedDropPath(module, masks, draw, spared))
                     else:
                         module.forward = nn.Identity().forward
             expected = results(original, args, kwargs)
@@ -349,7 +352,7 @@ def test_strict():
     model = small("vit_small_patch16_18x2_224")
     with pytest.raises(ValueError, match=r"ParallelThingsBlock.*inside a Sequential.*\(blocks\.1\)"):
         skip_drop_path(model, strict=True)
-    with pytest.warns(UserWarning, match="still computed") as warned:
+    with pytest.warns(UserWarning, match="computed in full") as warned:
         assert skip_drop_path(model) is model
     assert len(warned) == 1
     assert not gates(model)
@@ -399,6 +402,94 @@ def test_the_real_call_is_followed():
                     found = block(x, mask, scale=scale)
                 branch = block.linear(x) * scale * (1 if mask is None else mask) * (1 + twice)
                 torch.testing.assert_close(found, x + 2 * gate.T * branch)
+
+
+class Variants(nn.Module):
+    """What a graph of one block does not say of another of the same class, or not at all."""
+
+    def __init__(self, way, inner=None):
+        super().__init__()
+        self.linear, self.inner, self.drop_path, self.way = nn.Linear(4, 4), inner or nn.Identity(), DropPath(0.5), way
+
+    def forward(self, x):
+        return getattr(self, self.way)(x)
+
+    def attribute(self, x):  # as ParallelScalingBlock reads its dropout's p
+        return x + self.drop_path(self.linear(x) * self.inner.p)
+
+    def children_in_a_loop(self, x):
+        branch = x
+        for _, child in self.inner.named_children():
+            branch = child(branch)
+        return x + self.drop_path(branch)
+
+    def scaled(self, x):
+        return x + self.inner(self.drop_path(self.linear(x)))
+
+    def square(self, x):
+        branch = self.drop_path(self.linear(x))
+        return x + branch * branch
+
+    def no_grad(self, x):
+        with torch.no_grad():
+            gate = self.linear(x).sigmoid()
+        return x + self.drop_path(self.linear(x) * gate)
+
+    def random(self, x):
+        return x if self.training and torch.rand(()) < 0.5 else x + self.drop_path(self.linear(x))
+
+    def alias(self, x):
+        before = x
+        x += 1
+        return before + self.drop_path(self.linear(x))
+
+    def view(self, x):
+        return x + self.drop_path(self.linear(x.flatten(1).mul_(2)))
+
+    def batch_size(self, x):
+        return x + self.drop_path(self.linear(x) / x.shape[0])
+
+
+@pytest.mark.parametrize(
+    ("way", "first", "second"),
+    [
+        ("attribute", nn.Dropout(0.25), nn.Dropout(0.75)),
+        ("children_in_a_loop", nn.Sequential(nn.Linear(4, 4)), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))),
+        ("scaled", LayerScale(4, 2.0), nn.Linear(4, 4)),
+    ],
+)
+def test_blocks_of_a_class_are_not_taken_for_each_other(way, first, second):
+    x, kept = torch.randn(4, 4), torch.tensor([True, False, True, True])
+    for inner in (first, second):
+        block = Variants(way, inner)
+        expected = copy.deepcopy(block)
+        expected.drop_path.forward = lambda branch: branch * kept.view(-1, 1) * 2
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            skip_drop_path(nn.Sequential(block))
+        if own := gates(block):
+            with use_gates(block, kept.unsqueeze(0)):
+                torch.testing.assert_close(block(x), expected(x))
+            assert len(own) == 1
+        else:
+            assert inner is second, "the first can be skipped"
+            assert way == "scaled", "only what need not be linear is refused"
+
+
+@pytest.mark.parametrize("way", ["square", "no_grad", "random", "alias", "view", "batch_size"])
+def test_what_a_graph_cannot_tell_is_refused(way):
+    with pytest.raises(ValueError, match=r"cannot be skipped.*drop_path of Variants, because"):
+        skip_drop_path(nn.Sequential(Variants(way)), strict=True)
+
+
+def test_a_call_that_cannot_be_skipped_leaves_other_blocks_alone():
+    first, second = (skip_drop_path(nn.Sequential(Chooses()))[0] for _ in "ab")
+    x = torch.randn(4, 4)
+    with pytest.warns(UserWarning, match="neither a tensor nor a plain value"):
+        first(x, scale=np.float32(1))
+    for block in (first, second):
+        with use_gates(block, torch.zeros(1, 4, dtype=torch.bool)):
+            assert torch.equal(block(x), x)
 
 
 def test_a_mask_of_which_nothing_tells_if_it_has_rows_is_not_guessed_at():

@@ -165,6 +165,15 @@ def test_counted_gates_take_every_choice_of_samples_equally_often():
     assert (counts / 8000 - p).abs().max() < 5 * (p * (1 - p) / 8000) ** 0.5
 
 
+@pytest.mark.parametrize(
+    ("batch_size", "mode", "message"),
+    [(4, "cuont", "mode='cuont', but it must be one of"), (None, "row", "batch_size"), (None, "count", "batch_size")],
+)
+def test_gates_of_a_mode_that_cannot_be_drawn(batch_size, mode, message):
+    with pytest.raises(ValueError, match=message):
+        draw_gates([0.5], 0, 0, batch_size, mode)
+
+
 # The residual rule
 
 

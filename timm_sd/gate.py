@@ -225,10 +225,11 @@ def _add(
 
 
 def gates(network: nn.Module) -> list[Gate]:
-    """The gates of a network in order of execution, whatever wraps it (DDP, `torch.compile`, feature extractors).
+    """The gates of a network, whatever wraps it (DDP, `torch.compile`, feature extractors).
 
     Each has its `survival` probability. There is one for each residual branch: each block of the paper's networks, each
-    call of a DropPath in a network that `skip_drop_path` changed.
+    call of a DropPath in a network that `skip_drop_path` changed. They are in order of registration, which in timm's
+    models is that of execution.
     """
     return [module for module in network.modules() if isinstance(module, Gate)]
 
@@ -249,15 +250,22 @@ def draw_gates(
 
     Returns:
         A bool tensor on the CPU, of shape (L,) in mode "batch" and (L, B) in the others.
+
+    Raises:
+        ValueError: An unknown mode, or no batch size for a mode that needs one.
     """
-    shape = (len(survival), 1 if batch_size is None else batch_size)
+    mode = mode or ("batch" if batch_size is None else "row")
+    check_choice("mode", mode, MODES)
+    if mode != "batch" and batch_size is None:
+        raise ValueError(f"mode={mode!r} draws gates for each sample, so it needs a batch_size")
+    shape = (len(survival), 1 if mode == "batch" else batch_size)
     uniform = torch.from_numpy(np.random.default_rng([seed, step]).random(shape))
     probabilities = torch.as_tensor(survival, dtype=torch.float64, device="cpu").unsqueeze(1)
     if mode == "count":
         kept = (batch_size * probabilities).int().clamp(min=1)
         return uniform.argsort(dim=1).argsort(dim=1) < kept
     drawn = uniform < probabilities
-    return drawn.squeeze(1) if batch_size is None else drawn
+    return drawn.squeeze(1) if mode == "batch" else drawn
 
 
 @contextmanager

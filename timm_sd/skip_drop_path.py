@@ -6,6 +6,7 @@ torch.fx traces the forward method of each block, its child modules as leaves, t
 shortcut and the sum becomes the branch, and all else stays where it is.
 """
 
+import contextlib
 import copy
 import inspect
 import itertools
@@ -26,9 +27,13 @@ from .gate import MODES, Gate, check_choice
 
 SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 PRODUCTS = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
-IN_PLACE = {operator.iadd, operator.imul}
+NEW = {  # what gives a new tensor
+    *(operator.add, operator.sub, operator.mul, operator.truediv, operator.matmul),
+    *(torch.add, torch.sub, torch.mul, torch.div, torch.cat, "add", "sub", "mul", "div"),
+}
+IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem}
 SCALES = (LayerScale, LayerScale2d, Scale, nn.Identity)
-METHOD = "drop_path_call_"
+ALIASES = (nn.Identity, nn.modules.dropout._DropoutNd, DropPath)  # what may return its input itself
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
@@ -52,7 +57,7 @@ class DropPathGate(Gate):
 
     @property
     def survival(self) -> float:
-        return 1 - self.drop_path.drop_prob
+        return 1 - getattr(self.drop_path, "drop_prob", 0.0)
 
     @survival.setter
     def survival(self, probability: float) -> None:
@@ -108,10 +113,10 @@ def skip_drop_path(
             left = dict.fromkeys(_own_drop_paths(block), str(reason))
         for reason in dict.fromkeys(left.values()):
             calls = ", ".join(drop_path for drop_path in left if left[drop_path] == reason)
-            reasons.setdefault(f"{calls} of {_base(type(block)).__name__}, for {reason}", []).append(name)
+            reasons.setdefault(f"{calls} of {_base(type(block)).__name__}, because {reason}", []).append(name)
     if reasons:
         message = "; ".join(f"{reason} ({', '.join(blocks)})" for reason, blocks in reasons.items())
-        message = f"what these drop is still computed: {message}"
+        message = f"these DropPath calls cannot be skipped and are computed in full: {message}"
         if strict:
             raise ValueError(message)
         warnings.warn(message, stacklevel=2)
@@ -119,6 +124,7 @@ def skip_drop_path(
         block.__class__ = _skipping(_base(type(block)))
         block.drop_path_gates = nn.ModuleList(DropPathGate(block, call.drop_path, mode) for call in plan.calls)
         block.drop_path_gates.train(block.training)
+        block.drop_path_plans, block.drop_path_rows = [plan], {}
     return model
 
 
@@ -151,24 +157,61 @@ class _Proxy(fx.Proxy):
     __class__ = Tensor
     _is_param = False
 
+    # fx.Proxy would make `x += y` an addition, and lose that x is changed.
+    def __iadd__(self, other: object) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
+
+    def __isub__(self, other: object) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operator.isub, (self, other), {})
+
+    def __imul__(self, other: object) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operator.imul, (self, other), {})
+
+    def __itruediv__(self, other: object) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operator.itruediv, (self, other), {})
+
+
+_reads: list[tuple[nn.Module, str]] = []
+
+
+@cache
+def _reading(cls: type[nn.Module]) -> type[nn.Module]:
+    """A class whose instances note in `_reads` which of their attributes are read."""
+
+    def __getattribute__(self: nn.Module, name: str) -> object:  # noqa: N807
+        _reads.append((self, name))
+        return cls.__getattribute__(self, name)
+
+    names = dict(__module__=cls.__module__, __qualname__=cls.__qualname__, __getattribute__=__getattribute__)
+    return type(cls.__name__, (cls,), names)
+
 
 class _Tracer(fx.Tracer):
     """Traces a block's own forward method as it would run with these arguments.
 
     Only tensors are symbols; None, numbers and the like are themselves, so that `if mask is not None` goes the way of
-    the real call. `attributes_read` collects the names of the block's attributes that the method depends on.
+    the real call. What of a forward method no graph can hold (another gradient mode or autocast, random numbers) is
+    refused, and so is a tensor that the method makes or finds outside of parameters and buffers.
     """
+
+    proxy_buffer_attributes = True
 
     def __init__(self, args: Sequence, kwargs: dict) -> None:
         super().__init__(autowrap_functions=tuple(get_notrace_functions()))
         self.call = args, kwargs
-        self.attributes_read: set[str] = set()
+        self.modes = _modes()
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         return True
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
+
+    def getattr(self, name: str, value: object, known_parameters: dict) -> object:
+        count = len(_reads)
+        value = super().getattr(name, value, known_parameters)
+        del _reads[count:]
+        return value
 
     def create_arg(self, value: object) -> object:
         if issubclass(type(value), fx.Proxy):
@@ -189,38 +232,60 @@ class _Tracer(fx.Tracer):
                 else value
             )
 
+        _reads.clear()  # what the tracer itself has read
         args, kwargs = self.call
         args = [self.root, *map(symbol, args)]
         return partial(forward, **{name: symbol(value) for name, value in kwargs.items()}), args
 
-    def trace_block(self, block: nn.Module) -> fx.Graph:
-        base, own, read = _base(type(block)), type(block), self.attributes_read
+    def create_node(self, *args, **kwargs) -> fx.Node:
+        if _modes() != self.modes:
+            raise TypeError("it changes the gradient mode or autocast")
+        return super().create_node(*args, **kwargs)
 
-        def __getattribute__(self: nn.Module, name: str) -> object:  # noqa: N807
-            read.add(name)
-            return base.__getattribute__(self, name)
-
-        block.__class__ = type(base.__name__, (base,), {"__getattribute__": __getattribute__})
+    def trace_block(self, block: nn.Module) -> tuple[fx.Graph, dict[tuple[str, str], object]]:
+        """The graph, and the state of the attributes, of the block and of its submodules, that were read for it."""
+        paths = {module: path for path, module in block.named_modules()}
+        classes = {module: type(module) for module in paths}
+        random_state = torch.get_rng_state()
+        _reads.clear()
+        for module, cls in classes.items():
+            module.__class__ = _reading(_base(cls) if module is block else cls)
         try:
-            return self.trace(block)
+            graph = self.trace(block)
+            if not torch.equal(torch.get_rng_state(), random_state):
+                raise TypeError("it draws random numbers")
         except Exception as error:
             raise CannotSkipError(f"its forward method cannot be traced ({str(error).splitlines()[0]})") from error
         finally:
-            block.__class__ = own
+            for module, cls in classes.items():
+                module.__class__ = cls
+            torch.set_rng_state(random_state)
+        state = {}
+        for module, name in dict.fromkeys(_reads):
+            value = getattr(module, name, None)
+            if module in paths and not name.startswith("__") and not inspect.isroutine(value):
+                state[paths[module], name] = _state(value)
+                if state[paths[module], name] is object:
+                    raise CannotSkipError(f"its forward method depends on {name}, a {type(value).__name__}")
+        _reads.clear()
+        return graph, state
+
+
+def _modes() -> tuple:
+    return torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
 
 
 # Rewriting
 
 
-@dataclass
+@dataclass(frozen=True)
 class Call:
-    """One call of a DropPath, as a method `name` of the block.
+    """One call of a DropPath.
 
     `branch` is a function of the block and its inputs, and `attributes` are those of the block that it uses. An input
-    is `loose` if it would get no gradient without the branch, since the shortcut is not computed from it.
+    is `loose` if the shortcut does not depend on it: when the branch is skipped it would otherwise get no gradient.
     """
 
-    name: str
     drop_path: str
     branch: Callable[..., Tensor]
     attributes: tuple[str, ...]
@@ -231,12 +296,12 @@ class Call:
 class Plan:
     """A block's forward method for one kind of call, rewritten around gates.
 
-    `function` takes the block and the call's tensors. `arguments` and `state` are what the call and the block's
-    attributes were like when it was traced, and must be like for it to be used.
+    `function` takes the block, twice, and the call's tensors. `arguments` and `state` describe the call and what was
+    read of the block when it was traced: the plan is used only while both match.
     """
 
     arguments: tuple
-    state: dict[str, object]
+    state: dict[tuple[str, str], object]
     calls: list[Call] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
     function: Callable[..., Tensor] | None = None
@@ -246,19 +311,36 @@ class Plan:
         return [call.drop_path for call in self.calls]
 
     def fits(self, block: nn.Module, arguments: tuple) -> bool:
-        return self.arguments == arguments and all(
-            _state(getattr(block, name, None)) == value for name, value in self.state.items()
-        )
+        if self.arguments != arguments:
+            return False
+        for (path, name), value in self.state.items():
+            owner = block
+            for key in path.split(".") if path else ():
+                owner = getattr(owner, key, None)
+            if _state(getattr(owner, name, None)) != value:
+                return False
+        return True
 
 
 def _state(value: object) -> object:
-    """What a forward method can depend on of an attribute: a module's kind, what a list of them holds, plain values."""
+    """What a forward method can depend on of an attribute, `object` if that cannot be told.
+
+    Of a module its class, and whether it works in place; what a list of modules holds; plain values as they are.
+    """
     if isinstance(value, CONTAINERS):
         return tuple((name, _state(child)) for name, child in value.named_children())
-    for kind in (nn.Identity, DropPath, nn.Module, Tensor):
-        if isinstance(value, kind):
-            return kind
-    return tuple(value) if isinstance(value, list) else value
+    if isinstance(value, nn.Module):
+        return type(value).__module__, type(value).__qualname__, getattr(value, "inplace", False)
+    if isinstance(value, Tensor):
+        return Tensor
+    if isinstance(value, dict):
+        value = tuple(value.items())
+    if isinstance(value, (tuple, list)):
+        states = tuple(map(_state, value))
+        return object if object in states else states
+    if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device)) or callable(value):
+        return value
+    return object
 
 
 def _kind(value: object) -> object:
@@ -289,47 +371,42 @@ def _plan(block: nn.Module, args: Sequence, kwargs: dict) -> Plan:
     arguments = _arguments(args, kwargs)
     if object in arguments:
         raise CannotSkipError("an argument is neither a tensor nor a plain value")
-    cls = _skipping(_base(type(block)))
-    for plan in cls.plans:
-        if plan.fits(block, arguments):
-            return plan
-    tracer = _Tracer(args, kwargs)
-    graph = tracer.trace_block(block)
+    graph, state = _Tracer(args, kwargs).trace_block(block)
     for node in reversed(list(graph.nodes)):
-        if not node.users and (_is_size(node) or node.target is operator.getitem):  # an unused B in `B, N, C = x.shape`
+        if not node.users and (_is_size(node) or node.target is operator.getitem):  # an unused B of `B, N, C = x.shape`
             graph.erase_node(node)
-    names = [name for name in tracer.attributes_read if name in _attribute_names(block)]
-    plan = Plan(arguments, {name: _state(getattr(block, name)) for name in names})
-    number = len(cls.plans)
+    for node in graph.nodes:
+        changed = _changed_by(block, node)
+        if changed is not None and not _is_new(block, changed, node):
+            raise CannotSkipError("it changes a tensor in place that is used elsewhere")
+    plan = Plan(arguments, state)
     called = {node: block.get_submodule(node.target) for node in graph.nodes if node.op == "call_module"}
     drop_paths = [node for node, module in called.items() if isinstance(module, DropPath)]
     for name in _own_drop_paths(block):
         if any(name.startswith(f"{node.target}.") for node in called):
             plan.left[name] = "it is inside a Sequential"
-    # The last first: of a DropPath within the branch of another, the outer one is the one to skip.
-    for index, node in reversed(list(enumerate(drop_paths))):
+    with graph.inserting_before(next(iter(graph.nodes))):
+        itself = graph.placeholder("block")
+    # Of a DropPath within the branch of another, the outer one is the one to skip.
+    within = set()
+    for node in drop_paths:
+        with contextlib.suppress(CannotSkipError):
+            within |= _find_branch(graph, block, node)[0] - {node}
+    for node in drop_paths:
         try:
-            if node._erased:
+            if node in within:
                 raise CannotSkipError("it is within the branch of another DropPath")
-            plan.calls.insert(0, _extract(graph, block, node, f"{METHOD}{number}_{index}"))
+            plan.calls.append(_extract(graph, block, itself, node, len(plan.calls)))
         except CannotSkipError as reason:
             plan.left[node.target] = str(reason)
-    for index, call in enumerate(plan.calls):
-        setattr(cls, call.name, _method(index, call))
     plan.function = _compile(graph)
-    cls.plans.append(plan)
     return plan
 
 
-def _attribute_names(block: nn.Module) -> set[str]:
-    """Of what is set on a block: modules, tensors and plain values."""
-    return {name for name in vars(block) if not name.startswith("_")} | set(
-        itertools.chain(block._modules, block._parameters, block._buffers)
-    )
-
-
-def _extract(graph: fx.Graph, block: nn.Module, drop_path: fx.Node, name: str) -> Call:
-    """Replace the sum that follows a DropPath by a call of the block's method `name`."""
+def _find_branch(
+    graph: fx.Graph, block: nn.Module, drop_path: fx.Node
+) -> tuple[set[fx.Node], fx.Node, fx.Node, fx.Node]:
+    """The nodes that are computed for a DropPath alone, the last of them, the sum, and the shortcut."""
     end, total, shortcut = _find_sum(block, drop_path)
     nodes = list(graph.nodes)
     checks = set()  # assertions on sizes, and what is computed for them alone
@@ -344,57 +421,60 @@ def _extract(graph: fx.Graph, block: nn.Module, drop_path: fx.Node, name: str) -
     for node in nodes:
         if node in checks and any(value in branch for value in node.all_input_nodes):
             branch.add(node)
+    return branch, end, total, shortcut
 
+
+def _extract(graph: fx.Graph, block: nn.Module, itself: fx.Node, drop_path: fx.Node, index: int) -> Call:
+    """Make the branch of a DropPath a function, and replace the sum by call number `index` of the plan."""
+    branch, end, total, shortcut = _find_branch(graph, block, drop_path)
+    nodes = list(graph.nodes)
     # Sizes must be read anew, of the tensors with fewer rows, and attributes are the block's in any case.
     copied = {node for node in nodes if node in branch or _is_size(node) or node.op == "get_attr"}
-    inputs, needed = [], set()
-    stack = [end, *(checks & branch)]
-    while stack:
-        node = stack.pop()
-        if node in copied:
-            if node not in needed:
-                needed.add(node)
-                stack.extend(node.all_input_nodes)
-        elif node not in inputs:
-            inputs.append(node)
-    inputs.sort(key=nodes.index)
+    needed = _ancestors([end, *(node for node in branch if not node.users)], copied)
+    inputs = [node for node in nodes if node not in needed and any(user in needed for user in node.users)]
+    if not any(node.op in ("call_module", "get_attr") for node in needed if node is not drop_path):
+        raise CannotSkipError("its branch is used elsewhere")
     for node in needed:
-        if _is_in_place(block, node) and node.args[0] not in needed:
-            raise CannotSkipError("its branch changes its input in place")
-        if node.target is operator.getitem and isinstance(node.args[1], int) and node.args[0] not in needed:
+        if node.target is operator.getitem and isinstance(node.args[1], int) and node.args[0] in inputs:
             raise CannotSkipError("what its branch returns beside it is used elsewhere")
+        if not _is_size(node) and node.op == "call_function" and any(map(_is_batch_size, node.args)):
+            raise CannotSkipError("its branch computes with the number of samples")
 
-    function, copies = fx.Graph(), {}
-    for node in inputs:
-        copies[node] = function.placeholder(node.name)
-    attributes = {}
+    function = fx.Graph()
+    copies = {node: function.placeholder(node.name) for node in inputs}
     for node in nodes:
-        if node not in needed:
-            continue
         if node is drop_path:
             copies[node] = copies[node.args[0]]
-            continue
-        copies[node] = function.node_copy(node, copies.__getitem__)
-        if node.op in ("call_module", "get_attr"):
-            attributes[node.target] = None
+        elif node in needed:
+            copies[node] = function.node_copy(node, copies.__getitem__)
     function.output(copies[end])
-
-    linked, stack = set(), [shortcut]
-    while stack:
-        node = stack.pop()
-        if node not in linked:
-            linked.add(node)
-            stack.extend(node.all_input_nodes)
-    loose = tuple(node not in linked for node in inputs)
-
+    attributes = [node.target for node in nodes if node in needed and node.op in ("call_module", "get_attr")]
+    linked = _ancestors([shortcut], set(nodes))
+    call = Call(
+        drop_path=drop_path.target,
+        branch=_compile(function),
+        attributes=tuple(dict.fromkeys(name for name in attributes if name != drop_path.target)),
+        loose=tuple(node not in linked for node in inputs),
+    )
     with graph.inserting_before(total):
-        call = graph.create_node("call_module", name, (shortcut, *inputs))
-    total.replace_all_uses_with(call)
+        sum_ = graph.call_function(_gated_sum(index, call), (itself, shortcut, *inputs))
+    total.replace_all_uses_with(sum_)
     graph.erase_node(total)
     for node in reversed(nodes):
         if node in branch:
             graph.erase_node(node)
-    return Call(name, drop_path.target, _compile(function), tuple(attributes), loose)
+    return call
+
+
+def _ancestors(nodes: list[fx.Node], among: set[fx.Node]) -> set[fx.Node]:
+    """The nodes and what they are computed from, as far as it is among these."""
+    found, stack = set(), list(nodes)
+    while stack:
+        node = stack.pop()
+        if node in among and node not in found:
+            found.add(node)
+            stack.extend(node.all_input_nodes)
+    return found
 
 
 def _find_sum(block: nn.Module, node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node]:
@@ -408,12 +488,10 @@ def _find_sum(block: nn.Module, node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Nod
             (shortcut,) = operands
             if not isinstance(shortcut, fx.Node):
                 raise CannotSkipError("the output of its DropPath is not added to a tensor")
-            if _is_in_place(block, user) and user.args[0] is shortcut and any(other > user for other in shortcut.users):
-                raise CannotSkipError("its shortcut is used again after being changed in place")
             return node, user, shortcut
-        scaled = user.target in PRODUCTS and all(
+        scaled = user.target in PRODUCTS and [
             not isinstance(value, fx.Node) or value.op == "get_attr" for value in operands
-        )
+        ] == [True]
         if not scaled and not (user.op == "call_module" and isinstance(block.get_submodule(user.target), SCALES)):
             raise CannotSkipError("the output of its DropPath does not go straight into a sum")
         node = user
@@ -433,54 +511,92 @@ def _is_size(node: fx.Node) -> bool:
     )
 
 
-def _is_in_place(block: nn.Module, node: fx.Node) -> bool:
+def _is_batch_size(value: object) -> bool:
+    """Whether a value is computed from the length of a tensor."""
+    if not isinstance(value, fx.Node) or not _is_size(value):
+        return False
+    if value.op == "call_method":
+        return value.args[1:] == (0,)
+    if value.target is operator.getitem:
+        return value.args[1] == 0 and value.args[0].target in (getattr, "size")
+    return any(map(_is_batch_size, value.args))
+
+
+def _changed_by(block: nn.Module, node: fx.Node) -> fx.Node | None:
+    """The tensor that a node changes in place, if it does."""
     if node.op == "call_module":
-        if node.target.startswith(METHOD):
-            return False
-        first = next(m for m in block.get_submodule(node.target).modules() if not any(m.children()))
-        return getattr(first, "inplace", False)
-    if node.op == "call_method":
-        return node.target.endswith("_") and not node.target.endswith("__")
-    return node.op == "call_function" and node.target in IN_PLACE
+        modules = block.get_submodule(node.target).modules()
+        working = (m for m in modules if not any(m.children()) or any(True for _ in m.parameters(recurse=False)))
+        first = next((module for module in working if not isinstance(module, ALIASES)), None)
+        in_place = getattr(first, "inplace", False)
+    elif node.op == "call_method":
+        in_place = node.target.endswith("_") and not node.target.endswith("__")
+    elif node.op == "call_function":
+        name = getattr(node.target, "__name__", "")
+        in_place = node.target in IN_PLACE or name.endswith("_") or node.kwargs.get("inplace", False)
+    else:
+        return None
+    return node.args[0] if in_place and isinstance(node.args[0], fx.Node) else None
+
+
+def _is_new(block: nn.Module, node: fx.Node, user: fx.Node) -> bool:
+    """Whether a tensor was made for this user alone, so that no one else sees a change."""
+    if set(node.users) != {user}:
+        return False
+    if _changed_by(block, node) is not None:
+        return _is_new(block, node.args[0], node)
+    if node.op == "call_module":
+        leaves = [module for module in block.get_submodule(node.target).modules() if not any(module.children())]
+        if all(isinstance(module, ALIASES) for module in leaves):
+            return _is_new(block, node.args[0], node)
+        return True
+    return node.target in NEW
+
+
+_compiled: dict[tuple, Callable[..., Tensor]] = {}
 
 
 def _compile(graph: fx.Graph) -> Callable[..., Tensor]:
-    """A graph as a Python function of a block and the graph's inputs."""
+    """A graph as a Python function of a block and the graph's inputs, the same for equal graphs."""
     code = graph.python_code("self")
-    namespace = dict(code.globals)
-    exec(code.src, namespace)
-    return namespace["forward"]
+    key = code.src, frozenset((name, id(value)) for name, value in code.globals.items())
+    if key not in _compiled:  # torch.compile would compile each function for itself
+        namespace = dict(code.globals)
+        exec(code.src, namespace)
+        _compiled[key] = namespace["forward"]
+    return _compiled[key]
 
 
 # Running
 
 
-def _method(index: int, call: Call) -> Callable[..., Tensor]:
-    """The method of a block that computes the sum of call number `index`."""
-    known: dict[tuple, tuple[bool, ...] | None] = {}
+@cache
+def _gated_sum(index: int, call: Call) -> Callable[..., Tensor]:
+    """The sum of call number `index` as a function of the block, the shortcut and the inputs of the branch."""
 
-    def method(self: nn.Module, shortcut: Tensor, *inputs: Tensor) -> Tensor:
-        gate = self.drop_path_gates[index]
+    def gated_sum(block: nn.Module, shortcut: Tensor, *inputs: Tensor) -> Tensor:
+        gate = block.drop_path_gates[index]
         has_rows = tuple(x is shortcut for x in inputs)
-        if gate.mode != "batch" and not all(has_rows):
-            shapes = (shortcut.shape, *(x.shape for x in inputs))
-            if shapes not in known:
-                known[shapes] = _find_rows(self, call.branch, shortcut, inputs)
-            has_rows = known[shapes]
+        if not all(has_rows):
+            key = index, gate.mode, shortcut.shape, *(x.shape for x in inputs)
+            if key not in block.drop_path_rows:
+                block.drop_path_rows[key] = _find_rows(block, call.branch, shortcut, inputs, gate.mode)
+            has_rows = block.drop_path_rows[key]
             if has_rows is None:
-                return shortcut + gate.drop_path(call.branch(self, *inputs))
+                return shortcut + gate.drop_path(call.branch(block, *inputs))
 
-        parameters = itertools.chain(_parameters(self, call.attributes), itertools.compress(inputs, call.loose))
+        parameters = itertools.chain(_parameters(block, call.attributes), itertools.compress(inputs, call.loose))
         if gate.mode == "batch" or all(has_rows):
-            return gate(partial(call.branch, self), shortcut, inputs, parameters)
+            return gate(partial(call.branch, block), shortcut, inputs, parameters)
 
         def branch(*rows: Tensor) -> Tensor:
             remaining = iter(rows)
-            return call.branch(self, *(next(remaining) if has else x for x, has in zip(inputs, has_rows, strict=True)))
+            return call.branch(block, *(next(remaining) if has else x for x, has in zip(inputs, has_rows, strict=True)))
 
         return gate(branch, shortcut, list(itertools.compress(inputs, has_rows)), parameters)
 
-    return method
+    gated_sum.__name__ = f"gated_sum_{index}"
+    return gated_sum
 
 
 def _parameters(block: nn.Module, attributes: tuple[str, ...]) -> Iterator[Tensor]:
@@ -488,42 +604,58 @@ def _parameters(block: nn.Module, attributes: tuple[str, ...]) -> Iterator[Tenso
         value = operator.attrgetter(name)(block)
         if isinstance(value, nn.Module):
             yield from value.parameters()
-        elif isinstance(value, nn.Parameter):
+        else:
             yield value
 
 
 @torch.compiler.disable
 def _find_rows(
-    block: nn.Module, branch: Callable, shortcut: Tensor, inputs: Sequence[Tensor]
+    block: nn.Module, branch: Callable, shortcut: Tensor, inputs: Sequence[Tensor], mode: str
 ) -> tuple[bool, ...] | None:
     """Which inputs of a branch have a row for each sample, None if that cannot be told.
 
     The length of an input does not tell: a mask may have as many tokens as the batch has samples. So the branch is
-    tried, without computing anything, on another number of rows.
+    tried, without computing anything, on another number of rows. In mode "batch" only the shape of the result matters.
     """
     batch_size = len(shortcut)
     other = 1 + max(itertools.chain.from_iterable(x.shape for x in (shortcut, *inputs)))
     choices = [
         (True,) if x is shortcut else (True, False) if x.ndim and len(x) == batch_size else (False,) for x in inputs
     ]
-    block = copy.deepcopy(block).to("meta")
+    if mode == "batch":
+        other, choices = batch_size, [(False,)] * len(inputs)
     works = []
-    for choice in itertools.product(*choices):
-        tried = [
-            torch.empty((other, *x.shape[1:]) if has else x.shape, dtype=x.dtype, device="meta")
-            for x, has in zip(inputs, choice, strict=True)
-        ]
-        try:
-            shape = branch(block, *tried).shape
-        except Exception:  # whatever the operators raise for shapes that do not fit
-            continue
-        if shape == (other, *shortcut.shape[1:]):
-            works.append(choice)
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), contextlib.suppress(RuntimeError):
+        on_meta = copy.deepcopy(block).to("meta")
+
+        def fits(lengths: Sequence[int | None]) -> bool:
+            """Whether the branch gives `other` rows for inputs of these lengths, None for their own."""
+            tried = [
+                torch.empty(x.shape if length is None else (length, *x.shape[1:]), dtype=x.dtype, device="meta")
+                for x, length in zip(inputs, lengths, strict=True)
+            ]
+            try:
+                return branch(on_meta, *tried).shape == (other, *shortcut.shape[1:])
+            except Exception:  # whatever the operators raise for shapes that do not fit
+                return False
+
+        for choice in itertools.product(*choices):
+            if fits([other if has else None for has in choice]):
+                works.append(choice)
+        lengths = [other if has else None for has in works[0]] if works else []
+        if len(works) > 1:  # of an input that the branch does not look at, any length will do
+            ignored = [
+                len(options) == 2 and fits([other + 1 if i == j else length for j, length in enumerate(lengths)])
+                for i, options in enumerate(choices)
+            ]
+            works = [
+                choice for choice in works if all(has for has, ignore in zip(choice, ignored, strict=True) if ignore)
+            ]
     if len(works) == 1 or (works and batch_size == 1):
         return works[0]
     warnings.warn(
-        f"{type(block).__name__}: its DropPath computes what it drops, since it cannot be told which inputs of its"
-        " branch have a row for each sample",
+        f"{type(block).__name__}: cannot tell which inputs of a branch have one row per sample, so what its DropPath"
+        " drops is computed",
         stacklevel=2,
     )
     return None
@@ -535,34 +667,39 @@ class _Skipping:
     def forward(self, *args, **kwargs) -> Tensor:
         if any(gate.active for gate in self.drop_path_gates):
             arguments = _arguments(args, kwargs)
-            names = [gate.name for gate in self.drop_path_gates]
-            for plan in self.plans:
-                if plan.fits(self, arguments) and (plan.function is None or plan.drop_paths == names):
+            for plan in self.drop_path_plans:
+                if plan.fits(self, arguments):
                     break
             else:
-                plan = self.add_plan(args, kwargs, arguments, names)
+                plan = self.add_plan(args, kwargs)
             if plan.function is not None:
-                return plan.function(self, *(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)))
+                return plan.function(self, self, *(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)))
         return super().forward(*args, **kwargs)
 
     @torch.compiler.disable
-    def add_plan(self, args: Sequence, kwargs: dict, arguments: tuple, names: list[str]) -> Plan:
+    def add_plan(self, args: Sequence, kwargs: dict) -> Plan:
         """A plan for a kind of call not foreseen; if there can be none, one without a function, with a warning."""
         try:
             plan = _plan(self, args, kwargs)
-            if plan.drop_paths == names:
-                return plan
-            reason = "this call uses other DropPaths"
+            if plan.drop_paths != [gate.name for gate in self.drop_path_gates]:
+                plan.function = None
+                reason = "this call uses other DropPaths"
         except CannotSkipError as error:
-            reason = error
-        warnings.warn(f"{type(self).__name__} computes what its DropPath drops: {reason}", stacklevel=3)
-        plan = Plan(arguments, {})
-        self.plans.insert(0, plan)
+            plan, reason = Plan(_arguments(args, kwargs), {}), error
+        if plan.function is None:
+            warnings.warn(f"{type(self).__name__} computes what its DropPath drops: {reason}", stacklevel=3)
+        self.drop_path_plans.append(plan)
         return plan
 
     def __reduce_ex__(self, protocol: int) -> tuple:
-        _, _, *state = super().__reduce_ex__(protocol)
-        return _new, (_base(type(self)),), *state
+        # The plans' functions cannot be pickled, and a copy makes its own.
+        _, _, state, *rest = super().__reduce_ex__(protocol)
+        return _new, (_base(type(self)),), state | dict(drop_path_plans=[], drop_path_rows={}), *rest
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        with contextlib.suppress(CannotSkipError):
+            self.drop_path_plans.append(_first_plan(self))
 
 
 def _new(base: type[nn.Module]) -> nn.Module:
@@ -573,8 +710,9 @@ def _new(base: type[nn.Module]) -> nn.Module:
 def _skipping(base: type[nn.Module]) -> type[nn.Module]:
     """The class of a block whose DropPaths skip."""
     names = dict(__module__=base.__module__, __qualname__=base.__qualname__, __doc__=base.__doc__)
-    return type(base.__name__, (_Skipping, base), names | dict(plans=[]))
+    return type(base.__name__, (_Skipping, base), names)
 
 
 def _base(cls: type[nn.Module]) -> type[nn.Module]:
-    return cls.__bases__[1] if issubclass(cls, _Skipping) else cls
+    classes = cls.__mro__
+    return classes[classes.index(_Skipping) + 1] if _Skipping in classes else cls
