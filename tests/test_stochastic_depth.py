@@ -580,7 +580,7 @@ def test_training_compiles_to_a_handful_of_graphs(name):
 def test_training_with_rows_compiles_to_a_bounded_number_of_graphs():
     graphs = []
     compiled_steps(small_network(drop_path_mode="row"), graphs, steps=30)
-    assert len(graphs) <= 30
+    assert len(graphs) <= 24
 
 
 def test_training_with_counts_compiles_to_one_graph():

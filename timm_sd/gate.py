@@ -56,7 +56,7 @@ class _ZeroGradients(torch.autograd.Function):
 
 
 class _TakeRows(torch.autograd.Function):
-    """x[rows] of rows that differ from one another, which PyTorch's own, much slower backward pass does not assume.
+    """x[rows] for distinct rows. PyTorch's own backward pass must allow for repeated rows and is much slower.
 
     (`index_select` would not keep channels_last.)
     """
@@ -96,15 +96,15 @@ class _AddToRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
         (rows,) = ctx.saved_tensors
-        shortcut, f = ctx.types
-        return gradient.to(shortcut), (gradient[rows] * ctx.scale).to(f), None, None
+        shortcut_type, f_type = ctx.types
+        return gradient.to(shortcut_type), (gradient[rows] * ctx.scale).to(f_type), None, None
 
 
 class Gate(nn.Module):
     """The gate of one residual branch.
 
-    In training it is drawn in each forward pass from PyTorch's global CPU generator, so that no one waits for a GPU,
-    unless `use_gates` provides it. A gate with p = 1 draws nothing.
+    In training it is drawn in each forward pass, unless `use_gates` provides it, from PyTorch's global CPU generator,
+    so that reading it never waits for a GPU. A gate with p = 1 draws nothing.
     """
 
     scale_by_keep = False  # the paper scales by p in inference, not by 1 / p in training
@@ -151,7 +151,7 @@ class Gate(nn.Module):
             branch: f, which computes each sample on its own (but for batch normalisation).
             shortcut: s, of shape (B, ...).
             inputs: The arguments of f, each of shape (B, ...).
-            parameters: All tensors that f gives a gradient to: one of zero, where nothing is kept.
+            parameters: All tensors that get a gradient through f: zeros, where nothing is kept.
             activation: Applied to the sum. It must leave the shortcut as it is, for it may be skipped where f is.
 
         Raises:

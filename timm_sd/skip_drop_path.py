@@ -1,4 +1,4 @@
-"""Any timm model: what its DropPath drops is not computed.
+"""Skip DropPath: any timm model trains without computing the branches that its DropPaths drop.
 
 timm's blocks compute `shortcut + drop_path(branch)`: the whole branch, of which `drop_path` then zeroes some samples.
 `skip_drop_path` rewrites each such call around a gate, so that the branch is a function computed for the kept samples.
@@ -42,7 +42,7 @@ class CannotSkipError(Exception):
 
 
 class DropPathGate(Gate):
-    """The gate of one call of a DropPath: its probability and scaling are the DropPath's, whatever they are by then."""
+    """The gate of one DropPath call, which reads probability and scaling from it: later changes take effect."""
 
     copies_shortcut = True
 
@@ -86,9 +86,9 @@ def skip_drop_path(
         model: Any model whose blocks use `timm.layers.DropPath`; made with `drop_path_rate=`, as a rule.
         mode: "row", a gate for each sample and call, which is DropPath's own distribution; "count", a fixed number of
             samples for each call; or "batch", one gate for the mini-batch, as in the paper (see `timm_sd.gate`).
-        strict: Raise an error where there would be a warning.
-        allow_batch_norm: Accept that in modes "row" and "count" a BatchNorm within a branch takes its statistics from
-            the kept samples alone.
+        strict: Raise an error instead of warning.
+        allow_batch_norm: Let a BatchNorm inside a branch, in modes "row" and "count", compute its statistics from the
+            kept samples only.
 
     Returns:
         The same model.
