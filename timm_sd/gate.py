@@ -163,7 +163,7 @@ class Gate(nn.Module):
         if self.mode == "count":
             scale = batch_size / self.kept(batch_size) if self.scale_by_keep else 1.0
             rows = self._kept_rows(batch_size).to(shortcut.device, non_blocking=True)
-            return _add(shortcut, branch(*(_TakeRows.apply(x, rows) for x in inputs)), rows, scale, activation)
+            return _add(shortcut, branch(*_take_rows(inputs, rows)), rows, scale, activation)
         return self._decide(branch, shortcut, inputs, parameters, activation)
 
     # A gate read inside a compiled region would become part of it, one graph for each pattern of gates. This stays
@@ -178,7 +178,7 @@ class Gate(nn.Module):
         if self.mode == "batch":
             return _add(shortcut, branch(*inputs), None, scale, activation)
         rows = gate.nonzero().squeeze(1).to(shortcut.device, non_blocking=True)
-        return _add(shortcut, branch(*(_TakeRows.apply(x, rows) for x in inputs)), rows, scale, activation)
+        return _add(shortcut, branch(*_take_rows_eagerly(inputs, rows)), rows, scale, activation)
 
     @torch.compiler.disable
     def draw(self, batch_size: int) -> Tensor:
@@ -207,6 +207,13 @@ class Gate(nn.Module):
 
     def extra_repr(self) -> str:
         return f"survival={self.survival:.4f}, mode={self.mode!r}"
+
+
+def _take_rows(inputs: Sequence[Tensor], rows: Tensor) -> list[Tensor]:
+    return [_TakeRows.apply(x, rows) for x in inputs]
+
+
+_take_rows_eagerly = torch.compiler.disable(_take_rows)  # alone it is not worth a graph, of which there would be many
 
 
 def _add(
