@@ -57,6 +57,7 @@ def command(monkeypatch, capsys):
     """Run a script in this process; its exit status, its standard output and its error output."""
 
     def run(name, *args):
+        monkeypatch.syspath_prepend(SCRIPTS)
         spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
         script = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(script)

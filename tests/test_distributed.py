@@ -16,9 +16,10 @@ from by_hand import assert_figures_are_close, protocol_by_hand
 from conftest import SCRIPTS
 from safetensors.torch import load_file
 
-from timm_sd import data, training
+from timm_sd import data, machine, processes, training
 from timm_sd.errors import UserError
 from timm_sd.options import Options
+from timm_sd.run_folder import RunFolder
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 PROGRAM = Path(__file__).with_name("two_processes.py")
@@ -111,8 +112,10 @@ def test_interrupted_and_resumed(run, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(data, "load", lambda *args: tuple(p[:n] for p, n in zip(load(*args), (210, 51), strict=True)))
         options = Options("cifar_resnet20_sd", "synthetic", epochs=2, batch_size=64, resume=True)
-        alone = training.Run(Accelerator(), replace(options, output=tmp_path / "alone"))
+        copy = RunFolder(tmp_path / "alone")
+        alone = training.Run(Accelerator(), replace(options, output=copy.path), copy)
         alone.begin()
+    copy.close()
     assert alone.sums.tolist() == pytest.approx([first + second for first, second in zip(*sums, strict=True)])
 
     status, _ = launch(interrupted, "SIGKILL", "1", "2")
@@ -158,10 +161,10 @@ def test_the_sum_takes_the_order_of_the_processes(monkeypatch):
 
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
     monkeypatch.setattr(torch.distributed, "all_gather", all_gather)
-    assert training.mean_in_order(None, Bucket()).wait().tolist() == [0.0]
+    assert processes.mean_in_order(None, Bucket()).wait().tolist() == [0.0]
     parts.reverse()
     parts.append(parts.pop(1))
-    assert training.mean_in_order(None, Bucket()).wait().tolist() == pytest.approx([1 / 3])
+    assert processes.mean_in_order(None, Bucket()).wait().tolist() == pytest.approx([1 / 3])
 
 
 class Processes:
@@ -183,12 +186,12 @@ class Processes:
     ],
 )
 def test_what_cannot_be_divided_is_refused(monkeypatch, processes, kwargs, message):
-    monkeypatch.setattr(training, "Accelerator", lambda **_: Processes(processes))
+    monkeypatch.setattr(machine, "Accelerator", lambda **_: Processes(processes))
     with pytest.raises(UserError, match=message):
         training.train(Options("cifar_resnet20_sd", "synthetic", **kwargs))
 
 
 def test_other_ways_to_divide_are_refused(monkeypatch):
-    monkeypatch.setattr(training, "Accelerator", lambda **_: Processes(2, DistributedType.FSDP))
+    monkeypatch.setattr(machine, "Accelerator", lambda **_: Processes(2, DistributedType.FSDP))
     with pytest.raises(UserError, match="FSDP: a run is divided by --multi_gpu alone"):
         training.train(Options("cifar_resnet20_sd", "synthetic"))

@@ -101,9 +101,12 @@ def test_left_out_blocks(command, run, network):
         (["--run", "nowhere"], "nowhere holds no run: its config.json is missing, damaged"),
         (["--run", "{run}", "--split", "all"], "invalid choice: 'all'"),
         (["--run", "{run}", "--dataset", "mnist"], "--dataset mnist: there is no such data set"),
-        (["--run", "{run}", "--drop-blocks", "0"], "--drop-blocks 0: '0' is no block, they count from 1 to 9"),
-        (["--run", "{run}", "--drop-blocks", "3,10"], "--drop-blocks 3,10: '10' is no block, they count from 1 to 9"),
-        (["--run", "{run}", "--drop-blocks", "x"], "--drop-blocks x: 'x' is no block, they count from 1 to 9"),
+        (["--run", "{run}", "--drop-blocks", "0"], "--drop-blocks 0: there is no such block, they count from 1 to 9"),
+        (
+            ["--run", "{run}", "--drop-blocks", "3,10"],
+            "--drop-blocks 10: there is no such block, they count from 1 to 9",
+        ),
+        (["--run", "{run}", "--drop-blocks", "x"], "--drop-blocks: invalid numbers value: 'x'"),
         (
             ["--model", "cifar_resnet20", "--checkpoint", "nothing"],
             "nothing is missing: give a run or a file that has weights",
@@ -114,7 +117,7 @@ def test_left_out_blocks(command, run, network):
         ),
         (
             ["--model", "cifar_resnet32", "--checkpoint", "{run}/model.safetensors"],
-            "the weights of another network than",
+            "the weights are those of a cifar_resnet20, not of a cifar_resnet32",
         ),
     ],
 )

@@ -231,7 +231,7 @@ def test_times_of_two_machines_are_not_compared(command, made_up):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(epochs=EPOCHS + 1), r"b holds an unfinished run, 8 of 9 epochs: train.py --resume goes on"),
+        (dict(epochs=EPOCHS + 1), r"b holds an unfinished run, 8 of 9 epochs: train.py --resume ends it"),
         (dict(batch_size=250), r"a and b are not to be mixed, they differ in batch_size \(500, 250\): draw them apart"),
         (dict(drop_path=0.2, seed=1), r"a and b are not to be mixed, they differ in p_1 \(0.9\d*, 0.9\d*\): .*"),
         (dict(model="cifar_resnet32_sd", seed=1), r"a and b are not to be mixed, they differ in depth \(20, 32\): .*"),
@@ -320,22 +320,25 @@ def change(file, key, value=None):
         (lambda: change("config.json", "model"), "a/config.json has no option 'model': it is of another version or .*"),
         (
             lambda: change("config.json", "epochs", "ten"),
-            "a/config.json has an option that cannot be .*: it is damaged",
+            "a/config.json is of another version or damaged: --epochs 'ten': it must be of type int",
         ),
-        (lambda: change("config.json", "model", "resnet11"), "--model resnet11: there is no such network; .*"),
+        (
+            lambda: change("config.json", "model", "resnet11"),
+            "a/config.json is of .*: --model resnet11: there is no such .*",
+        ),
         (
             lambda: change("config.json", "processor"),
-            "a/config.json does not say processor: it is of another version .*",
+            "a/config.json: processor is missing or cannot be None: it is of another version .*",
         ),
         (lambda: change("config.json", "mixed_precision"), "a/config.json does not say mixed_precision: .*"),
         (lambda: change("config.json", "mixed_precision", "fp8"), "a/config.json does not say mixed_precision: .*"),
         (
             lambda: change("metrics.jsonl", "test_error"),
-            "a/metrics.jsonl is damaged: train.py --resume writes it again",
+            r"a/metrics.jsonl is damaged \(.*\): train.py --resume writes it again",
         ),
         (
             lambda: change("metrics.jsonl", "lr", "high"),
-            "a/metrics.jsonl is damaged: train.py --resume writes it again",
+            r"a/metrics.jsonl is damaged \(.*\): train.py --resume writes it again",
         ),
         (lambda: Path("a/metrics.jsonl").unlink(), "a holds an unfinished run, 0 of 8 epochs: .*"),
     ],

@@ -15,7 +15,7 @@ import torch
 from conftest import take_few_images
 from safetensors.torch import load_file
 
-from timm_sd import run_folder, training
+from timm_sd import files, machine, run_folder, training
 from timm_sd.errors import UserError
 from timm_sd.options import Options
 
@@ -47,13 +47,19 @@ def end_of(folder):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """The end of a run that was never interrupted."""
+def two_checkpoints(tmp_path_factory):
+    """The folder of a run that was never interrupted, with a checkpoint of each epoch."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         take_few_images(monkeypatch)
         folder = tmp_path_factory.mktemp("whole")
         training.train(options_for(folder))
-    return end_of(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(two_checkpoints):
+    """The end of that run."""
+    return end_of(two_checkpoints)
 
 
 def interrupt_after(monkeypatch, step, number):
@@ -198,7 +204,7 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path, capsys):
     training.train(options_for(tmp_path, epochs=1, resume=True))
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"going on from {tmp_path / 'checkpoints' / 'epoch-00002-step-000000'}"
+    assert lines[0] == f"resuming from {tmp_path / 'checkpoints' / 'epoch-00002-step-000000'}"
     assert lines[1].startswith("test error ")
 
 
@@ -224,7 +230,7 @@ def test_another_environment_is_said_and_recorded(tmp_path, monkeypatch, capsys)
         interrupt_after(patch, 2, signal.SIGTERM)
         with pytest.raises(UserError):
             training.train(options_for(tmp_path))
-    monkeypatch.setattr(training, "use_all_cores", lambda: torch.set_num_threads(3))
+    monkeypatch.setattr(machine, "use_all_cores", lambda: torch.set_num_threads(3))
     capsys.readouterr()
     threads = torch.get_num_threads()
     training.train(options_for(tmp_path, resume=True))
@@ -235,21 +241,147 @@ def test_another_environment_is_said_and_recorded(tmp_path, monkeypatch, capsys)
     assert second["since"] == "epoch-00001-step-000002"
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.bin", "progress.json"])
-@pytest.mark.parametrize("damage", ["truncated", "missing"])
-def test_a_damaged_checkpoint_is_named(whole, tmp_path, name, damage):
-    training.train(options_for(tmp_path))
-    newest = max((tmp_path / "checkpoints").iterdir())
-    file = newest / name
-    if damage == "truncated":
-        file.write_bytes(file.read_bytes()[:-100])
-    else:
-        file.unlink()
-    with pytest.raises(UserError, match=f"{newest} is damaged: delete it to go on from the one before it"):
-        training.train(options_for(tmp_path, resume=True))
-    shutil.rmtree(newest)
-    training.train(options_for(tmp_path, resume=True))
-    assert end_of(tmp_path) == whole
+def content_of(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def truncate(file):
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def flip_a_bit(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "name", ["best.safetensors", "model.safetensors", "optimizer.bin", "progress.json", "config.json", "SHA256SUMS"]
+)
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, Path.unlink])
+def test_a_damaged_checkpoint_is_named(two_checkpoints, whole, tmp_path, name, damage):
+    """Before anything is overwritten; without it, the run resumes from the one before."""
+    run = shutil.copytree(two_checkpoints, tmp_path / "run")
+    damaged = run / "checkpoints" / "epoch-00003-step-000000"
+    damage(damaged / name)
+    before = content_of(run)
+    way_out = "move it away, and --resume continues from epoch-00002-step-000000"
+    named = (
+        ".*" if name == "SHA256SUMS" else f".*{name}.*"
+    )  # those are right and the file is not, as far as one can tell
+    with pytest.raises(UserError, match=rf"{damaged} is damaged \({named}\): {way_out}"):
+        training.train(options_for(run, resume=True))
+    assert content_of(run) == before
+    if name == "best.safetensors":
+        shutil.move(damaged, tmp_path)
+        training.train(options_for(run, resume=True))
+        assert end_of(run) == whole
+
+
+def test_the_only_checkpoint_is_damaged(two_checkpoints, tmp_path):
+    run = shutil.copytree(two_checkpoints, tmp_path / "run")
+    shutil.rmtree(run / "checkpoints" / "epoch-00002-step-000000")
+    flip_a_bit(run / "checkpoints" / "epoch-00003-step-000000" / "optimizer.bin")
+    with pytest.raises(UserError, match="there is no older one, so train again with another --output"):
+        training.train(options_for(run, resume=True))
+
+
+def test_best_weights_that_are_damaged_while_training(tmp_path, monkeypatch):
+    """The checkpoint before is where the next one takes them from, if they are still the best."""
+    evaluate = training.Run.evaluate
+    errors = iter([30.0, 40.0])
+
+    def evaluate_worse(run):
+        if run.progress.history:
+            flip_a_bit(run.folder.last / "best.safetensors")
+        return evaluate(run) | {"validation_error": next(errors)}
+
+    monkeypatch.setattr(training.Run, "evaluate", evaluate_worse)
+    with pytest.raises(UserError, match="epoch-00002-step-000000 is damaged"):
+        training.train(options_for(tmp_path))
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["epoch-00002-step-000000"]
+
+
+def test_a_checkpoint_of_another_moment_or_run(two_checkpoints, tmp_path):
+    renamed = shutil.copytree(two_checkpoints, tmp_path / "renamed")
+    (renamed / "checkpoints" / "epoch-00002-step-000000").rename(renamed / "checkpoints" / "epoch-00009-step-000000")
+    with pytest.raises(UserError, match=r"epoch-00009-step-000000 is damaged \(progress\.json is that of epoch-00002"):
+        training.train(options_for(renamed, resume=True))
+
+    other = shutil.copytree(two_checkpoints, tmp_path / "other")
+    lines = (other / "metrics.jsonl").read_text().splitlines()
+    line = json.loads(lines[1]) | {"test_error": 1.0}
+    (other / "metrics.jsonl").write_text(lines[0] + "\n" + json.dumps(line) + "\n")
+    before = content_of(other)
+    with pytest.raises(UserError, match=r"epoch-00003-step-000000 and .*metrics\.jsonl are of different runs: move"):
+        training.train(options_for(other, resume=True))
+    assert content_of(other) == before
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "model.safetensors", "summary.json"])
+@pytest.mark.parametrize("damage", [truncate, Path.unlink])
+def test_what_a_checkpoint_knows_is_laid_out_again(two_checkpoints, whole, tmp_path, name, damage):
+    run = shutil.copytree(two_checkpoints, tmp_path / "run")
+    damage(run / name)
+    training.train(options_for(run, resume=True))
+    assert end_of(run) == whole
+    assert (run / "config.json").read_bytes() == (two_checkpoints / "config.json").read_bytes()
+
+
+def test_the_newest_checkpoint_by_number(two_checkpoints, tmp_path):
+    run = shutil.copytree(two_checkpoints, tmp_path / "run")
+    for name in ("epoch-zzz", "epoch-00002-step-000000.old", "partial"):
+        (run / "checkpoints" / name).mkdir()
+    training.train(options_for(run, resume=True))
+    (run / "checkpoints" / "epoch-100000-step-000000").mkdir()
+    with pytest.raises(UserError, match="epoch-100000-step-000000 is damaged"):
+        training.train(options_for(run, resume=True))
+
+
+def test_a_folder_belongs_to_one_process(two_checkpoints, tmp_path):
+    """For as long as it trains; the file that it locks is no obstacle."""
+    run = shutil.copytree(two_checkpoints, tmp_path / "run")
+    before = content_of(run)
+    holder = run_folder.RunFolder(run)
+    holder.lock.acquire()
+    for resume in (False, True):
+        with pytest.raises(UserError, match=f"another process is training in {run}: choose another --output"):
+            training.train(options_for(run, resume=resume))
+    holder.close()
+    assert content_of(run) == before
+    training.train(options_for(run, resume=True))
+
+
+def test_a_new_run_is_locked_from_its_first_moment(tmp_path, monkeypatch):
+    """A second run that begins while the first has left no checkpoint yet."""
+    step = training.Run.step
+    refused = []
+
+    def step_and_start_another(run, *args):
+        step(run, *args)
+        if not refused:
+            refused.append(True)
+            with pytest.raises(UserError, match="another process is training in"):
+                run_folder.RunFolder(tmp_path).open({}, {}, False)
+
+    monkeypatch.setattr(training.Run, "step", step_and_start_another)
+    training.train(options_for(tmp_path, epochs=1))
+    assert refused
+
+
+def test_a_home_folder_that_the_shell_has_left(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    for resume in (False, True):
+        training.train(options_for(Path("~/run"), epochs=1, resume=resume))
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+    assert (tmp_path / "home" / "run" / "summary.json").exists()
+
+
+def test_no_lack_of_room(tmp_path):
+    (tmp_path / "checkpoints").write_text("")
+    with pytest.raises(UserError, match=r"\(Not a directory\): choose another --output;"):
+        training.train(options_for(tmp_path))
 
 
 class Attack:
@@ -263,6 +395,8 @@ def test_nothing_pickled_is_run(tmp_path, monkeypatch):
     newest = max((tmp_path / "run" / "checkpoints").iterdir())
     for name in ("optimizer.bin", "random_states_0.pkl"):
         torch.save(Attack(), newest / name)
+    (newest / "SHA256SUMS").unlink()
+    files.write_sums(newest)
     with pytest.raises(UserError, match="is damaged"):
         training.train(options_for(tmp_path / "run", epochs=1, resume=True))
     assert not (tmp_path / "attacked").exists()

@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import os
-import subprocess
 from dataclasses import fields, replace
 
 import pytest
@@ -133,18 +131,6 @@ def content_of(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("precision", ["fp16", "fp8"])
-def test_other_precisions_are_refused(few_images, tmp_path, monkeypatch, precision):
-    class Fp16:
-        """What Accelerate would make on a machine that can."""
-
-        mixed_precision, num_processes, gradient_accumulation_steps = precision, 1, 1
-
-    monkeypatch.setattr(training, "Accelerator", lambda **_: Fp16())
-    with pytest.raises(UserError, match=f"--mixed_precision {precision}: launch it with no or bf16"):
-        training.train(Options("cifar_resnet20_sd", "synthetic", output=tmp_path / "run"))
-
-
 def test_bf16(few_images, tmp_path, monkeypatch):
     """Training computes in bfloat16; the figures are those of the plain weights in float32."""
     AcceleratorState._reset_state(True)
@@ -176,18 +162,10 @@ def test_synchronised_normalisation_in_one_process_is_the_plain_one(few_images, 
     assert weights[0] == weights[1]
 
 
-def test_gradient_accumulation_is_refused(few_images, tmp_path, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
-    with pytest.raises(UserError, match="--gradient_accumulation_steps 1"):
-        training.train(Options("cifar_resnet20_sd", "synthetic", output=tmp_path / "run"))
-
-
 def test_command(command, few_images, tmp_path):
     arguments = ["--dataset", "synthetic", "--model", "cifar_resnet20_sd", "--epochs", 2, "--output", tmp_path / "run"]
-    torch.set_num_threads(1)
     status, out, err = command("train", *arguments)
     assert status == 0
-    assert torch.get_num_threads() == len(os.sched_getaffinity(0))
     lines = out.splitlines()
     assert len(lines) == 3
     assert lines[0].startswith("epoch 1: lr 0.01, training loss ")
@@ -211,9 +189,9 @@ def test_command(command, few_images, tmp_path):
         (["--epochs", "ten"], "argument --epochs: invalid int value: 'ten'"),
         (["--epoch", "10"], "unrecognized arguments: --epoch 10"),
         (["--batch-size", "0"], "--batch-size 0: it must be at least 1"),
-        (["--lr", "nan"], "--lr nan: it must be positive"),
+        (["--lr", "nan"], "--lr nan: it must be positive and finite"),
         (["--lr-schedule", "cosine"], "--lr-schedule cosine: it must be steps or one-cycle"),
-        (["--weight-decay", "-1"], "--weight-decay -1.0: it must be at least 0"),
+        (["--weight-decay", "-1"], "--weight-decay -1.0: it must be at least 0 and finite"),
         (["--drop-path", "1"], "--drop-path 1.0: it must be in [0, 1)"),
         (["--drop-path-schedule", "row"], "--drop-path-schedule row: it must be linear or uniform"),
         (["--seed", "-1"], "--seed -1: it must be in [0, 2^32)"),
@@ -283,27 +261,6 @@ def test_the_run_explains_itself(few_images, tmp_path):
     assert environment["processor"]
     assert environment["torch"] == torch.__version__
     assert environment["timm"] == timm.__version__
-
-
-def test_the_commit_of_the_checkout(tmp_path, monkeypatch):
-    """The one of the checkout that tracks the package, and none for a package that lies in a foreign one."""
-
-    def git(*args):
-        return subprocess.run(["git", "-C", tmp_path, *args], check=True, capture_output=True, text=True).stdout.strip()
-
-    git("init")
-    git("config", "user.name", "test")
-    git("config", "user.email", "test@example.com")
-    git("commit", "--allow-empty", "-m", "first")
-    module = tmp_path / "training.py"
-    module.write_text("")
-    monkeypatch.setattr(training, "__file__", str(module))
-    assert training.git_commit() is None
-    git("add", "training.py")
-    git("commit", "-m", "second")
-    assert training.git_commit() == git("rev-parse", "HEAD")
-    module.write_text("# changed")
-    assert training.git_commit() == git("rev-parse", "HEAD") + "-dirty"
 
 
 def test_trackers(few_images, tmp_path):

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .gate import MODES, check_choice
 from .labels import CIFAR10_LABELS, CIFAR100_LABELS
-from .pretrained import WEIGHTS_FILE, check_architecture, check_source, source
+from .pretrained import WEIGHTS_FILE, check_architecture, check_source, check_values, source
 from .stochastic_depth import SCHEDULES, StochasticDepth, survival_probabilities
 
 __all__ = ["CifarResNet"]
@@ -157,6 +157,10 @@ class CifarResNet(nn.Module):
                 nn.init.uniform_(module.weight)
             elif isinstance(module, nn.Linear):
                 module.reset_parameters()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args) -> None:
+        check_values(state_dict, prefix, self)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
@@ -325,6 +329,7 @@ def _register(name: str, description: str, **model_args) -> None:
         overlay = {"hf_hub_filename": WEIGHTS_FILE, **(pretrained_cfg_overlay or {})}
         if pretrained:
             check_source(resolve_pretrained_cfg(name, pretrained_cfg, overlay))
+            overlay["url"] = ""  # timm would prefer a pickle of its old cache to what was checked
         return build_model_with_cfg(
             CifarResNet,
             name,

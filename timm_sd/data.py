@@ -67,7 +67,7 @@ def load(dataset: str, data_dir: Path, download: bool = False) -> tuple[ImageSet
             part = torchvision_set(data_dir, train=train, download=download)
         except (OSError, RuntimeError) as error:
             way_out = (
-                f"downloading it failed ({' '.join(str(error).split())})"
+                f"downloading it failed ({error})"
                 if download
                 else "give its folder as --data-dir, have train.py fetch it with --download, or try --dataset synthetic"
             )

@@ -6,6 +6,7 @@ runs that differ in their seed alone. Several are drawn as their mean and a band
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
+from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from . import paper
 from .errors import UserError
+from .files import write
 from .gate import draw_gates
 from .record import Record
 from .stochastic_depth import SCHEDULES
@@ -49,9 +51,11 @@ def training_seconds(records: Sequence[Record]) -> float:
 
 def save(figure: Figure, file: Path) -> None:
     """Write a PNG or an SVG, the same bytes for the same figure and version of Matplotlib."""
+    picture = BytesIO()
     with mpl.rc_context({"svg.hashsalt": "timm-sd"}):
         metadata = {"Software": None} if file.suffix == ".png" else {"Date": None, "Creator": None}
-        figure.savefig(file, dpi=150, metadata=metadata)
+        figure.savefig(picture, dpi=150, metadata=metadata, format=file.suffix[1:])
+    write(file, picture.getvalue())
 
 
 def _new_figure(columns: int = 1, width: float = 7) -> tuple[Figure, Axes | np.ndarray]:

@@ -259,15 +259,18 @@ def draw_gates(
         A bool tensor on the CPU, of shape (L,) in mode "batch" and (L, B) in the others.
 
     Raises:
-        ValueError: An unknown mode, or no batch size for a mode that needs one.
+        ValueError: Not a list of probabilities, an unknown mode, or no batch size for a mode that needs one.
     """
+    probabilities = torch.as_tensor(survival, dtype=torch.float64, device="cpu")
+    if probabilities.ndim != 1 or not ((probabilities >= 0) & (probabilities <= 1)).all():
+        raise ValueError(f"survival={survival!r}, but it must be a list of probabilities, one for each gate")
     mode = mode or ("batch" if batch_size is None else "row")
     check_choice("mode", mode, MODES)
     if mode != "batch" and batch_size is None:
         raise ValueError(f"mode={mode!r} draws gates for each sample, so it needs a batch_size")
-    shape = (len(survival), 1 if mode == "batch" else batch_size)
+    shape = (len(probabilities), 1 if mode == "batch" else batch_size)
     uniform = torch.from_numpy(np.random.default_rng([seed, step]).random(shape))
-    probabilities = torch.as_tensor(survival, dtype=torch.float64, device="cpu").unsqueeze(1)
+    probabilities = probabilities.unsqueeze(1)
     if mode == "count":
         kept = (batch_size * probabilities).int().clamp(min=1)
         return uniform.argsort(dim=1).argsort(dim=1) < kept
@@ -298,6 +301,8 @@ def use_gates(network: nn.Module | list[Gate], values: Tensor) -> Iterator[None]
     modes = {gate.mode for gate in own}
     shape = f"({len(own)},)" if modes <= {"batch"} else f"({len(own)}, B)"
     dimensions = 1 if modes <= {"batch"} else 2
+    if not isinstance(values, Tensor):
+        raise ValueError(f"gates of type {type(values).__name__}, but use_gates takes a torch.bool tensor")
     if values.dtype != torch.bool or len(values) != len(own) or values.ndim != dimensions:
         raise ValueError(
             f"gates of type {values.dtype} and shape {tuple(values.shape)}, but this network's {len(own)} gates in"

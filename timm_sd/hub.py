@@ -1,6 +1,5 @@
 """A finished run as a Hub repository that timm can load: the folder, and its upload as one commit."""
 
-import hashlib
 import re
 import shutil
 from collections.abc import Iterator
@@ -16,10 +15,12 @@ from timm.models import save_for_hf
 
 from . import __version__, data, figures
 from .errors import UserError
+from .files import sha256, write_json
 from .model_card import model_card
+from .options import BOUND_OPTIONS
 from .pretrained import WEIGHTS_FILE, load_weights
-from .record import BOUND_OPTIONS, Record
-from .run_folder import RunFolder, read_summary
+from .record import Record
+from .run_folder import RunFolder, read_sha256
 from .training import create_network
 
 
@@ -31,11 +32,11 @@ def make_folder(run: Path, name: str, address: str | None = None) -> Path:
     It is a function of the run's files, to the byte with the same Matplotlib. Raises UserError if the run has not
     finished, or its weights are not those that it ended with; what was published before then stays as it was.
     """
-    record, files, summary = Record.read(run), RunFolder(run), read_summary(run)
+    record, files, digest = Record.read(run), RunFolder(run), read_sha256(run)
     options = record.options
     network = create_network(options).to(memory_format=torch.contiguous_format)
     load_weights(network, files.weights, options.tag)
-    if hashlib.sha256(files.weights.read_bytes()).hexdigest() != summary["sha256"]:
+    if sha256(files.weights) != digest:
         raise UserError(
             f"{files.weights} is not what the run ended with, by its SHA-256: train.py --resume restores it"
         )
@@ -51,16 +52,16 @@ def make_folder(run: Path, name: str, address: str | None = None) -> Path:
             partial,
             model_config=dict(options=asked, environments=record.environments, **labels),
             model_args=dict(
-                drop_path_rate=round(1 - record.survival[-1], 12),
+                drop_path_rate=1 - record.survival[-1] if options.drop_path is None else options.drop_path,
                 drop_path_schedule=options.drop_path_schedule,
                 drop_path_mode="batch",
             ),
             safe_serialization=True,
         )
-        for file in (files.metrics, files.summary):
-            shutil.copyfile(file, partial / file.name)
+        shutil.copyfile(files.metrics, partial / files.metrics.name)
+        write_json(partial / files.summary.name, record.summary | {"sha256": digest})
         figures.save(figures.learning_curves({figures.kind(record): [record]}), partial / "curve.png")
-        model_card(record, network, name, address, summary["sha256"]).save(partial / "README.md")
+        model_card(record, network, name, address, digest).save(partial / "README.md")
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
             folder.rename(old)
@@ -81,7 +82,7 @@ def keep_card(folder: Path, cards: Path) -> None:
     try:
         shutil.copytree(folder, cards, dirs_exist_ok=True, ignore=shutil.ignore_patterns(WEIGHTS_FILE))
     except OSError as error:
-        reason = error.strerror or " ".join(str(error).split())
+        reason = error.strerror or error
         raise UserError(f"cannot write to {cards} ({reason}): copy {folder} there, all but its weights") from error
 
 
@@ -140,16 +141,21 @@ def _as_user_errors(repo_id: str) -> Iterator[None]:
     again = "publish again, what the Hub has by then is not uploaded twice"
     try:
         yield
+    except UserError:
+        raise
     except OfflineModeIsEnabled as error:
         raise UserError(f"{failed}, for HF_HUB_OFFLINE is set: unset it") from error
-    # An upload's error is the cause of a RuntimeError. HTTPError is of the HTTP library that huggingface_hub uses.
-    except (HfHubHTTPError, HTTPError, RuntimeError, OSError, ValueError) as error:
+    except Exception as error:  # of any type: the client takes the shape of the Hub's answers for granted
+        # An upload's error is the cause of a RuntimeError.
         if isinstance(error, RuntimeError) and error.__cause__ is not None:
             error = error.__cause__
         if not isinstance(error, HfHubHTTPError):
-            raise UserError(f"{failed} ({' '.join(str(error).split())}): {again}") from error
+            # HTTPError is of the HTTP library that huggingface_hub uses.
+            known = isinstance(error, (HTTPError, RuntimeError, OSError, ValueError))
+            said = str(error) if known else f"the Hub's answer makes no sense to its client, {error!r}"
+            raise UserError(f"{failed} ({_without_token(said)}): {again}") from error
         status = error.response.status_code
-        said = " ".join((error.server_message or error.response.reason_phrase).split())
+        said = _without_token(error.server_message or error.response.reason_phrase)
         if status == 401:
             reason = "the Hub does not accept the token: log in again with `hf auth login`, or set HF_TOKEN"
         elif status == 403:
@@ -159,3 +165,7 @@ def _as_user_errors(repo_id: str) -> Iterator[None]:
         else:
             reason = f"{failed}, the Hub answered {status} ({said}): {again}"
         raise UserError(reason) from error
+
+
+def _without_token(text: str) -> str:
+    return text.replace(get_token(), "***")

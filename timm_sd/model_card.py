@@ -8,6 +8,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from . import pretrained
 from .cifar_resnet import CifarResNet
 from .data import LEARNING_IMAGES, split_sizes
+from .files import read_sums
 from .options import Options
 from .record import Record
 
@@ -109,7 +110,7 @@ def model_card(record: Record, network: CifarResNet, name: str, address: str | N
         classes=network.num_classes,
         address=address,
         tag=options.tag,
-        packaged=pretrained.recorded_sha256s().get(f"{options.tag}.safetensors") == sha256,
+        packaged=read_sums(pretrained.WEIGHTS).get(f"{options.tag}.safetensors") == sha256,
         dataset=dataset,
         hub_dataset=hub_dataset,
         best=best,

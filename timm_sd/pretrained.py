@@ -1,9 +1,8 @@
 """Where pretrained weights come from: safetensors files in this package, or on the Hub; never a pickle.
 
-A packaged file is `weights/NAME.TAG.safetensors`, and `weights/SHA256SUMS` has its hash, as `sha256sum` writes it.
+A packaged file is `weights/NAME.TAG.safetensors`, and `weights/SHA256SUMS` has its hash.
 """
 
-import hashlib
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -12,29 +11,24 @@ from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
 from .errors import UserError
+from .files import read_sums, sha256
 
 WEIGHTS = Path(__file__).parent / "weights"
 HUB_NAMESPACE = "timm-sd"
 WEIGHTS_FILE = "model.safetensors"
 
 
-def recorded_sha256s() -> dict[str, str]:
-    """The SHA-256 of every packaged file, by name."""
-    lines = (WEIGHTS / "SHA256SUMS").read_text(encoding="utf-8").splitlines()
-    return {name: sha256 for sha256, name in map(str.split, lines)}
-
-
 def source(tag: str) -> dict[str, str]:
     """timm's entries for the source of a network's weights, such as "cifar_resnet110_sd.cifar10"; {} without any."""
     file = f"{tag}.safetensors"
-    if file not in recorded_sha256s():
+    if file not in read_sums(WEIGHTS):
         return {}
     return dict(file=str(WEIGHTS / file), hf_hub_id=f"{HUB_NAMESPACE}/{tag}")
 
 
 def packaged() -> list[str]:
     """The names, with tags, of the networks whose weights come with the package."""
-    return sorted(file.removesuffix(".safetensors") for file in recorded_sha256s())
+    return sorted(file.removesuffix(".safetensors") for file in read_sums(WEIGHTS))
 
 
 def check_source(cfg: PretrainedCfg) -> None:
@@ -70,8 +64,8 @@ def check_file(file: Path) -> None:
     check_suffix(file)
     if not file.is_file():
         raise RuntimeError(f"{file} is missing")
-    recorded = recorded_sha256s().get(file.name) if file.parent == WEIGHTS else None
-    if recorded and hashlib.sha256(file.read_bytes()).hexdigest() != recorded:
+    recorded = read_sums(WEIGHTS).get(file.name) if file.parent == WEIGHTS else None
+    if recorded and sha256(file) != recorded:
         raise RuntimeError(f"{file} is damaged, its SHA-256 is not the recorded one: install timm-sd again")
     try:
         with safe_open(file, "pt"):
@@ -103,13 +97,24 @@ def _keys(state_dict: dict[str, Tensor]) -> set[str]:
     return {key for key in state_dict if not key.startswith("fc.") and not key.endswith(".num_batches_tracked")}
 
 
+def check_values(state_dict: dict[str, Tensor], prefix: str, network: nn.Module) -> None:
+    """Raise a RuntimeError if weights for `network`, their names behind `prefix`, are not all finite numbers."""
+    for name, own in network.state_dict().items():
+        tensor = state_dict.get(prefix + name)
+        if tensor is not None and own.is_floating_point():
+            if not tensor.is_floating_point():
+                raise RuntimeError(f"the weights are damaged: {prefix}{name} is of type {tensor.dtype}")
+            if not tensor.is_meta and not tensor.float().isfinite().all():
+                raise RuntimeError(f"the weights are damaged: {prefix}{name} has values that are not finite")
+
+
 def load_weights(network: nn.Module, file: Path, name: str) -> None:
     """Load a safetensors file. Raises UserError if it is none, or has not the weights of a network called `name`."""
     try:
-        network.load_state_dict(load_file(file))
+        network.load_state_dict(check_architecture(load_file(file), network))
     except FileNotFoundError as error:
         raise UserError(f"{file} is missing: give a run or a file that has weights") from error
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file} is no whole safetensors file ({error})") from error
     except RuntimeError as error:
-        raise UserError(f"{file} has the weights of another network than {name}") from error
+        raise UserError(f"{file} cannot be loaded as {name}: {error}") from error

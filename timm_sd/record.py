@@ -1,9 +1,9 @@
 """A run as its folder tells it, in config.json and metrics.jsonl alone."""
 
-import json
 import math
+import re
 import shlex
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -13,36 +13,13 @@ from . import paper
 from .data import LEARNING_IMAGES, split_sizes
 from .errors import UserError
 from .gate import gates
-from .options import Options
-from .run_folder import FREE_OPTIONS, Progress, RunFolder, read_config
+from .options import BOUND_OPTIONS, Options, flag
+from .run_folder import Progress, RunFolder, read_config, summarise
 
-BOUND_OPTIONS = [field.name for field in fields(Options) if field.name not in FREE_OPTIONS]
-ENVIRONMENT = (
-    "processes",
-    "threads",
-    "device",
-    "processor",
-    "dynamo_backend",
-    "git_commit",
-    "timm_sd",
-    "python",
-    "torch",
-    "torchvision",
-    "timm",
-    "accelerate",
-)
-FIGURES = (
-    "epoch",
-    "lr",
-    "train_loss",
-    "train_error",
-    "active_blocks",
-    "conv1_gradient",
-    "images_per_second",
-    "validation_error",
-    "test_error",
-    "seconds",
-)
+# What every environment says. (Of NumPy, earlier versions said nothing.)
+COUNTS = ("processes", "threads")
+WORDS = ("device", "processor", "dynamo_backend", "timm_sd", "python", "torch", "torchvision", "timm", "accelerate")
+OPTIONAL_WORDS = ("git_commit", "numpy", "since")
 
 
 def read_options(path: Path) -> Options:
@@ -58,13 +35,30 @@ def _options(path: Path, config: dict) -> Options:
         return Options(**{name: config["options"][name] for name in BOUND_OPTIONS})
     except KeyError as error:
         raise UserError(f"{path / 'config.json'} has no option {error}: it is of another version or damaged") from error
-    except TypeError as error:
-        raise UserError(f"{path / 'config.json'} has an option that cannot be ({error}): it is damaged") from error
+    except UserError as error:
+        raise UserError(f"{path / 'config.json'} is of another version or damaged: {error}") from error
+
+
+def _check_environment(path: Path, where: dict) -> None:
+    """Raise UserError unless it says what `machine.environment` does, in words that can stand in a page's table."""
+
+    def is_word(value: object) -> bool:
+        return isinstance(value, str) and value.isprintable() and not re.search(r"[|`<>{}\\]", value)
+
+    possible = {name: type(where.get(name)) is int and where[name] > 0 for name in COUNTS}
+    possible |= {name: is_word(where.get(name)) for name in WORDS}
+    possible |= {name: where.get(name) is None or is_word(where[name]) for name in OPTIONAL_WORDS}
+    for name, is_possible in possible.items():
+        if not is_possible:
+            raise UserError(
+                f"{path / 'config.json'}: {name} is missing or cannot be {where.get(name)!r}: it is of another version"
+                " or damaged"
+            )
 
 
 @dataclass(frozen=True)
 class Record:
-    """A finished run: what was asked for, where it ran, as `training.environment` says it, and its epochs' figures."""
+    """A finished run: what was asked for, where it ran, as `machine.environment` says it, and its epochs' metrics."""
 
     path: Path
     options: Options
@@ -77,25 +71,23 @@ class Record:
         """What a folder tells. Raises UserError if it holds no run, an unfinished one, or damaged files."""
         config = read_config(path)
         options = _options(path, config)
-        missing = [name for name in ENVIRONMENT for where in config["environments"] if name not in where]
-        if config["options"].get("mixed_precision") not in ("no", "bf16"):
-            missing.append("mixed_precision")
-        if missing:
-            raise UserError(f"{path / 'config.json'} does not say {missing[0]}: it is of another version or damaged")
-        metrics = RunFolder(path).metrics
+        for where in config["environments"]:
+            _check_environment(path, where)
+        precision = config["options"].get("mixed_precision")
+        if precision not in ("no", "bf16"):
+            raise UserError(f"{path / 'config.json'} does not say mixed_precision: it is of another version or damaged")
+        folder = RunFolder(path)
         try:
-            history = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-            if not all(isinstance(line[name], int | float) for line in history for name in FIGURES):
-                raise ValueError
+            history = folder.read_metrics()
         except FileNotFoundError:
             history = []
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{metrics} is damaged: train.py --resume writes it again") from error
-        if [line["epoch"] for line in history] != list(range(1, options.epochs + 1)):
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"{folder.metrics} is damaged ({error}): train.py --resume writes it again") from error
+        if len(history) != options.epochs:
             raise UserError(
-                f"{path} holds an unfinished run, {len(history)} of {options.epochs} epochs: train.py --resume goes on"
+                f"{path} holds an unfinished run, {len(history)} of {options.epochs} epochs: train.py --resume ends it"
             )
-        return cls(path, options, config["options"]["mixed_precision"], config["environments"], history)
+        return cls(path, options, precision, config["environments"], history)
 
     @property
     def best(self) -> dict[str, float]:
@@ -108,9 +100,14 @@ class Record:
         return self.history[-1]
 
     @property
+    def summary(self) -> dict[str, object]:
+        """The result, as summary.json has it."""
+        return summarise(self.options, self.history)
+
+    @property
     def seconds(self) -> float:
         """Of all epochs, evaluation included."""
-        return sum(figures["seconds"] for figures in self.history)
+        return self.summary["seconds"]
 
     @property
     def images(self) -> int:
@@ -182,5 +179,5 @@ class Record:
         for name in BOUND_OPTIONS:
             value = getattr(self.options, name)
             if name != "model" and value != getattr(defaults, name):
-                words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [value])
+                words += [flag(name)] + ([] if value is True else [value])
         return shlex.join(map(str, words))

@@ -104,6 +104,8 @@ class StochasticDepth(nn.Module):
         else:
             # A checkpoint in half precision holds rounded probabilities: equal to ours if ours round to them.
             trained = trained.cpu()
+            if not trained.is_floating_point() or trained.numel() != 1 or not 0 < trained.item() <= 1:
+                raise RuntimeError(f"the weights are damaged: {prefix}survival is not a probability in (0, 1]")
             own = torch.tensor(self.gate.survival, dtype=torch.float32, device="cpu")
             if own.to(trained.dtype) != trained:
                 last, module = list(self.branch.named_children())[-1]

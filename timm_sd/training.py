@@ -3,39 +3,30 @@
 import copy
 import json
 import math
-import os
-import platform
-import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import chain
-from pathlib import Path
-from typing import TypeVar
 
-import accelerate
 import timm
 import torch
 import torch.nn.functional as F
-import torchvision
 from accelerate import Accelerator
-from accelerate.state import PartialState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, DynamoBackend, broadcast, broadcast_object_list, gather_object, set_seed
+from accelerate.utils import DistributedType, DynamoBackend, broadcast, set_seed
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from . import __version__, data
+from . import data, machine
+from .command_line import say
 from .cuda_graphs import graph_blocks
 from .errors import UserError
 from .evaluation import evaluate
 from .gate import draw_gates, gates, use_gates
 from .interruption import Interruption
 from .options import Options
-from .run_folder import Progress, RunFolder
-
-T = TypeVar("T")
-
+from .processes import mean_in_order, on_all_processes, on_main_process
+from .run_folder import Progress, RunFolder, summarise
 
 ONE_CYCLE_RISE = 0.2  # of all steps
 
@@ -58,12 +49,6 @@ def one_cycle(step: int, steps: int, peak: float) -> float:
     return peak * min(step / rise, (steps + 1 - step) / (steps + 1 - rise))
 
 
-def use_all_cores() -> None:
-    """Share the cores among this machine's processes of the run: `accelerate launch` sets OMP_NUM_THREADS=1."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-
-
 def create_network(options: Options) -> nn.Module:
     """The network of a run, initialised as a function of its seed."""
     set_seed(options.seed)
@@ -79,9 +64,9 @@ def create_accelerator(options: Options) -> Accelerator:
     if options.log_with is not None and options.log_with not in trackers:
         installed = ", ".join(trackers) or "none"
         raise UserError(f"--log-with {options.log_with}: not a tracker that is installed here; installed: {installed}")
-    accelerator = Accelerator(log_with=options.log_with, project_dir=options.output_dir)
+    accelerator = machine.start(log_with=options.log_with, project_dir=options.output_dir)
     processes = accelerator.num_processes
-    if accelerator.gradient_accumulation_steps > 1:
+    if accelerator.gradient_accumulation_steps != 1:
         raise UserError("every batch is a step of its own: launch it with --gradient_accumulation_steps 1")
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise UserError(f"--mixed_precision {accelerator.mixed_precision}: launch it with no or bf16")
@@ -102,10 +87,10 @@ def create_accelerator(options: Options) -> Accelerator:
 class Run:
     """A training run: its data, its network and optimiser, and how far they have come."""
 
-    def __init__(self, accelerator: Accelerator, options: Options) -> None:
+    def __init__(self, accelerator: Accelerator, options: Options, folder: RunFolder) -> None:
         self.accelerator = accelerator
         self.options = options
-        self.folder = RunFolder(options.output_dir)
+        self.folder = folder
         self.progress = Progress()
 
         learning_set, test_set = on_all_processes(
@@ -161,23 +146,26 @@ class Run:
         accelerator.register_load_state_pre_hook(load_unwrapped)
 
     def begin(self) -> None:
-        """Open the run's folder, and go on from its newest checkpoint if that is asked for."""
+        """Take the run's folder, and continue from its newest checkpoint if that is asked for."""
         configuration = json.loads(json.dumps(asdict(self.options), default=str))
         configuration["mixed_precision"] = self.accelerator.mixed_precision
-        here = environment(self.accelerator)
-        newest, differing = on_main_process(lambda: self.folder.open(configuration, here, self.options.resume))
-        if newest is not None:
-            self.progress = self.folder.load(newest, self.accelerator)
-            on_main_process(lambda: self.folder.lay_out(newest, self.progress))
+        here = machine.environment(self.accelerator)
+
+        def open_folder() -> tuple:
+            return *self.folder.open(configuration, here, self.options.resume), self.folder.last
+
+        self.progress, differing, checkpoint = on_main_process(open_folder)
+        if checkpoint is not None:
+            self.folder.load(checkpoint, self.accelerator)
             sums = torch.tensor(self.progress.sums)
             if len(sums) != self.accelerator.num_processes:  # written by another number: the first takes it all
                 sums = F.pad(sums.sum(0, keepdim=True), (0, 0, 0, self.accelerator.num_processes - 1))
             self.sums.copy_(sums[self.accelerator.process_index])
-            self.accelerator.print(f"going on from {newest}")
+            say(f"resuming from {checkpoint}")
         elif self.options.resume:
-            self.accelerator.print(f"nothing to resume in {self.folder.path}: the run begins")
+            say(f"nothing to resume in {self.folder.path}: the run begins")
         if differing:
-            self.accelerator.print(f"the environment is another ({differing}): the last bits may be others too")
+            say(f"the environment is another ({differing}): the last bits may be others too")
         self.accelerator.init_trackers("timm-sd", {name: str(value) for name, value in configuration.items()})
         if self.graphed:
             self.graph_blocks()
@@ -287,7 +275,7 @@ class Run:
         self.progress = Progress(history=[*self.progress.history, figures])
         self.sums.zero_()
         self.checkpoint(self.plain if self.progress.best is figures else None)
-        self.accelerator.print(
+        say(
             "epoch {epoch}: lr {lr:g}, training loss {train_loss:.4f}, errors {train_error:.2f}% in training,"
             " {validation_error:.2f}% validation, {test_error:.2f}% test, {active_blocks:.2f} active blocks,"
             " {images_per_second:.0f} images/s, {seconds:.1f} s".format(**figures)
@@ -314,20 +302,9 @@ class Run:
 
     def end(self) -> None:
         """Write the summary: the paper's figure is the test error at the best validation error."""
-        best, last = self.progress.best, self.progress.history[-1]
-        summary = dict(
-            model=self.options.model,
-            dataset=self.options.dataset,
-            seed=self.options.seed,
-            epochs=self.options.epochs,
-            best_epoch=best["epoch"],
-            validation_error=best["validation_error"],
-            test_error=best["test_error"],
-            last_test_error=last["test_error"],
-            seconds=sum(figures["seconds"] for figures in self.progress.history),
-        )
+        summary = summarise(self.options, self.progress.history)
         on_main_process(lambda: self.folder.finish(summary))
-        self.accelerator.print(
+        say(
             "test error {test_error:.2f}% at the best validation error, {validation_error:.2f}% in epoch {best_epoch};"
             " the weights are in {weights}".format(**summary, weights=self.folder.weights)
         )
@@ -336,13 +313,13 @@ class Run:
 def train(options: Options) -> None:
     """Train, leaving in the run's folder what `timm_sd.run_folder` lists.
 
-    Raises UserError if the folder holds another run, data are missing, the run diverges, the disk is full or a signal
-    stops it. No checkpoint that was written is lost by any of these.
+    Raises UserError if the folder holds another run or another process trains in it, data are missing, the run
+    diverges, the disk is full or a signal stops it. No checkpoint that was written is lost by any of these.
     """
     accelerator = create_accelerator(options)
-    use_all_cores()
+    folder = RunFolder(options.output_dir)
     try:
-        run = Run(accelerator, options)
+        run = Run(accelerator, options, folder)
         run.begin()
         with Interruption(accelerator) as interruption:
             while run.progress.epoch <= options.epochs:
@@ -356,6 +333,7 @@ def train(options: Options) -> None:
         run.end()
     finally:
         accelerator.end_training()
+        folder.close()
 
 
 def stopped(signal: str, progress: Progress) -> UserError:
@@ -364,79 +342,3 @@ def stopped(signal: str, progress: Progress) -> UserError:
         f"stopped by {signal} in epoch {progress.epoch} after {progress.steps} steps:"
         " the same command with --resume goes on from there"
     )
-
-
-def mean_in_order(_: None, bucket: torch.distributed.GradBucket) -> torch.futures.Future[Tensor]:
-    """The processes' mean gradient, summed in their order.
-
-    Gloo's own sum takes another order for each place in a bucket, and DDP's buckets are others after a resume.
-    """
-    mine = bucket.buffer()
-    parts = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size())]
-    gathered = torch.distributed.all_gather(parts, mine, async_op=True).get_future()
-    return gathered.then(lambda _: sum(parts[1:], start=parts[0]).div_(len(parts)))
-
-
-def on_all_processes(action: Callable[[], T]) -> T:
-    """The result of what each process does, one of each machine ahead of the others; any UserError is everyone's."""
-    result = message = None
-    with PartialState().local_main_process_first():
-        try:
-            result = action()
-        except UserError as error:
-            message = str(error)
-    if messages := [message for message in gather_object([message]) if message is not None]:
-        raise UserError(messages[0])
-    return result
-
-
-def on_main_process(action: Callable[[], T]) -> T:
-    """The result of what the main process does for all of them; its UserError is everyone's."""
-    outcome = [None, None]
-    if PartialState().is_main_process:
-        try:
-            outcome[0] = action()
-        except UserError as error:
-            outcome[1] = str(error)
-    result, message = broadcast_object_list(outcome)
-    if message is not None:
-        raise UserError(message)
-    return result
-
-
-def environment(accelerator: Accelerator) -> dict[str, str | int | None]:
-    """Where a run takes place: what its last bits may depend on, beside its options."""
-    cuda = accelerator.device.type == "cuda"
-    return dict(
-        processes=accelerator.num_processes,
-        threads=torch.get_num_threads(),
-        device=torch.cuda.get_device_name(accelerator.device) if cuda else accelerator.device.type,
-        processor=processor(),
-        dynamo_backend=accelerator.state.dynamo_plugin.backend.value,
-        git_commit=git_commit(),
-        timm_sd=__version__,
-        python=platform.python_version(),
-        **{library.__name__: str(library.__version__) for library in (torch, torchvision, timm, accelerate)},
-    )
-
-
-def processor() -> str:
-    """The CPU's name where the system tells it, its architecture elsewhere."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def git_commit() -> str | None:
-    """The commit of the checkout this package runs from, marked if files were changed since; None outside of one."""
-    folder = Path(__file__).parent
-    describe = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
-    try:
-        # Installed beneath another project's checkout, the package is not part of it.
-        subprocess.run(["git", "ls-files", "--error-unmatch", __file__], cwd=folder, capture_output=True, check=True)
-        return subprocess.run(describe, cwd=folder, capture_output=True, check=True, text=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None

@@ -4,6 +4,9 @@ What is compared takes turns, so that whatever else the machine does falls on al
 since the gates of each are part of it. Peak memory is that of the same steps, made again in a process of their own.
 """
 
+import ctrl_c  # noqa: F401
+
+# isort: split
 import argparse
 import multiprocessing
 import re
@@ -26,12 +29,13 @@ from torchvision.ops import StochasticDepth as TorchvisionStochasticDepth
 from torchvision.transforms import v2
 from tqdm import tqdm, trange
 
-from timm_sd import data, draw_gates, figures, gates, use_gates
-from timm_sd.command_line import Parser, one_line_errors
+from timm_sd import data, draw_gates, figures, gates, machine, use_gates
+from timm_sd.command_line import Parser, one_line_errors, path, say
 from timm_sd.errors import UserError
 from timm_sd.options import Options
+from timm_sd.run_folder import RunFolder
 from timm_sd.stochastic_depth import stochastic_blocks
-from timm_sd.training import Run, use_all_cores
+from timm_sd.training import Run
 
 PARTS = ("data", "step", "depth", "timm")
 DEPTHS = (20, 56, 110, 1202)
@@ -69,7 +73,8 @@ def survival_of(network: nn.Module) -> list[float]:
 
 
 def make_run(model: str, batch_size: int, **options) -> Run:
-    return Run(Accelerator(), Options(model, "synthetic", batch_size=batch_size, **options))
+    options = Options(model, "synthetic", batch_size=batch_size, **options)
+    return Run(Accelerator(), options, RunFolder(options.output_dir))
 
 
 def run_step(run: Run) -> Step:
@@ -143,7 +148,7 @@ def peak_memory(make_step: Callable[..., Step], args: tuple, steps: Iterable[int
 
     The former holds everything, network, data and graphs too, since graphs take their memory before they are replayed.
     """
-    use_all_cores()
+    machine.use_all_cores()
     step = make_step(*args)
     Path("/proc/self/clear_refs").write_text("5")  # what came before, the making of the data, is no peak of the steps
     before = resident_memory("VmRSS")
@@ -215,20 +220,20 @@ def compare_steps(model: str, batch_size: int, count: int) -> float:
     shares = dropped.view(len(stage_seconds), -1).mean(1).tolist()
     perfect = perfect_seconds(mean["constant depth"], [total / (count + 2) for total in stage_seconds], shares)
 
-    print(f"\nA training step of {model}, batch {batch_size}, {count} steps")
-    print(f"{'':32} {'s a step':>9} {'images/s':>9} {'ratio':>6} {'MiB':>7} {'ratio':>6}")
+    say(f"\nA training step of {model}, batch {batch_size}, {count} steps")
+    say(f"{'':32} {'s a step':>9} {'images/s':>9} {'ratio':>6} {'MiB':>7} {'ratio':>6}")
     for kind in kinds:
-        print(
+        say(
             f"{kind:32} {mean[kind]:9.4f} {batch_size / mean[kind]:9.0f} {mean[kind] / mean['constant depth']:6.3f}"
             f" {memory[kind]:7.0f} {memory[kind] / memory['constant depth']:6.3f}"
         )
     ms = ", ".join(f"{1e3 * total / (count + 2) / (len(stochastic) // 3):.2f}" for total in stage_seconds)
     ratio = perfect / mean["constant depth"]
-    print(f"{'perfect skipping, computed':32} {perfect:9.4f} {batch_size / perfect:9.0f} {ratio:6.3f}")
-    print(f"a block of each group takes {ms} ms; dropped were {', '.join(f'{share:.3f}' for share in shares)} of them")
-    print(f"stochastic depth takes {mean['stochastic depth'] / perfect:.3f} of perfect skipping's time")
+    say(f"{'perfect skipping, computed':32} {perfect:9.4f} {batch_size / perfect:9.0f} {ratio:6.3f}")
+    say(f"a block of each group takes {ms} ms; dropped were {', '.join(f'{share:.3f}' for share in shares)} of them")
+    say(f"stochastic depth takes {mean['stochastic depth'] / perfect:.3f} of perfect skipping's time")
     for kind in kinds[:2]:
-        print(f"{kind} makes {mean[f'{kind}, plain loop'] / mean[kind]:.3f} times the images/s of the plain loop")
+        say(f"{kind} makes {mean[f'{kind}, plain loop'] / mean[kind]:.3f} times the images/s of the plain loop")
     return mean["stochastic depth"]
 
 
@@ -269,17 +274,17 @@ def compare_data(data_dir: Path, batch_size: int, rounds: int = 5, batches: int 
         del loader
     rate = len(training_set) * rounds / seconds["here"]
     peer_rate = batches * batch_size * rounds / seconds["DataLoader"]
-    print(f"\nData, batch {batch_size}")
-    print(f"on the device, standardised, shifted and flipped: {rate:.0f} images/s")
-    print(f"torchvision's CIFAR10, transforms.v2 and DataLoader with 2 workers: {peer_rate:.0f} images/s")
-    print(f"ratio {rate / peer_rate:.1f}")
+    say(f"\nData, batch {batch_size}")
+    say(f"on the device, standardised, shifted and flipped: {rate:.0f} images/s")
+    say(f"torchvision's CIFAR10, transforms.v2 and DataLoader with 2 workers: {peer_rate:.0f} images/s")
+    say(f"ratio {rate / peer_rate:.1f}")
     return batch_size / rate
 
 
 def compare_depths(batch_size: int, count: int) -> None:
     """Print time and memory of a step against depth."""
-    print(f"\nDepth, batch {batch_size}, {count} steps")
-    print(f"{'':48} {'active':>7} {'s a step':>9} {'ms/active':>9} {'MiB':>7} {'MiB/active':>10}")
+    say(f"\nDepth, batch {batch_size}, {count} steps")
+    say(f"{'':48} {'active':>7} {'s a step':>9} {'ms/active':>9} {'MiB':>7} {'MiB/active':>10}")
     for depth in DEPTHS:
         model = f"cifar_resnet{depth}"
         kinds = ["constant depth", "stochastic depth"]
@@ -293,7 +298,7 @@ def compare_depths(batch_size: int, count: int) -> None:
             survival = survival_of(timm.create_model(model if kind.startswith("constant") else f"{model}_sd"))
             drawn = torch.stack([draw_gates(survival, 0, t) for t in range(count)])
             active, mean = drawn.double().sum(1).mean().item(), statistics.mean(seconds[kind])
-            print(
+            say(
                 f"{model + ', ' + kind:48} {active:7.1f} {mean:9.3f} {1e3 * mean / active:9.2f} {memory[kind]:7.0f}"
                 f" {memory[kind] / active:10.2f}"
             )
@@ -343,11 +348,11 @@ def compare_timm(models: Sequence[str], rates: Sequence[float], batch_size: int,
     at_highest = {}
     for model in models:
         for rate, of_rate in measure_timm(model, rates, batch_size, count).items():
-            print(f"\nA training step of {model} at drop path rate {rate:g}, batch {batch_size}, {count} steps")
-            print(benchmark_timm.table(of_rate, batch_size))
+            say(f"\nA training step of {model} at drop path rate {rate:g}, batch {batch_size}, {count} steps")
+            say(benchmark_timm.table(of_rate, batch_size))
             if rate == max(rates):
                 at_highest[model] = of_rate
-    print(
+    say(
         "\nratios are to DropPath; `dropped` is the share of the samples that these steps drop, weighted by the time of"
         "\nthe branches; perfect skipping spares that time and costs none, and would take `perfect` seconds a step;"
         "\n`saved` is the share of its saving that is realised, both savings being against no drop path"
@@ -371,8 +376,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--timm-rates", nargs="+", type=float, default=benchmark_timm.RATES, metavar="RATE")
     parser.add_argument("--timm-batch-size", type=int, default=8)
     parser.add_argument("--timm-steps", type=int, default=6)
-    parser.add_argument("--plot", type=Path, help="PNG or SVG of the timm models' steps at the highest of their rates")
-    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder of torchvision's CIFAR-10 files")
+    parser.add_argument("--plot", type=path, help="PNG or SVG of the timm models' steps at the highest of their rates")
+    parser.add_argument("--data-dir", type=path, default=Path("data"), help="folder of torchvision's CIFAR-10 files")
     args = parser.parse_args()
     if not all(0 < rate < 1 for rate in args.timm_rates):
         parser.error(f"--timm-rates {' '.join(map(str, args.timm_rates))}: they must lie between 0 and 1")
@@ -389,17 +394,16 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     with one_line_errors("benchmark.py"):
-        use_all_cores()
-        accelerator = Accelerator()
+        accelerator = machine.start()
         device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else "CPU"
-        print(
+        say(
             f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, timm {timm.__version__},"
             f" mixed precision {accelerator.mixed_precision}"
         )
         batch_seconds = compare_data(args.data_dir, args.batch_size) if "data" in args.parts else None
         step_seconds = compare_steps(args.model, args.batch_size, args.steps) if "step" in args.parts else None
         if batch_seconds and step_seconds:
-            print(f"the data take {100 * batch_seconds / step_seconds:.2f}% of a training step with stochastic depth")
+            say(f"the data take {100 * batch_seconds / step_seconds:.2f}% of a training step with stochastic depth")
         if "depth" in args.parts:
             compare_depths(args.depth_batch_size, args.depth_steps)
         if "timm" in args.parts:

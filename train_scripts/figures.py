@@ -2,23 +2,26 @@
 `python train_scripts/figures.py --runs output/ONE output/OTHER --out results`.
 """
 
+import ctrl_c  # noqa: F401
+
+# isort: split
 import argparse
 import shlex
 import sys
-from pathlib import Path
 
 from timm_sd import figures, results
-from timm_sd.command_line import Parser, one_line_errors
+from timm_sd.command_line import Parser, one_line_errors, path, say
 from timm_sd.errors import UserError
 from timm_sd.figures import CONSTANT, STOCHASTIC
+from timm_sd.files import write
 from timm_sd.record import Record
 
 
 def parse_args() -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("--runs", type=Path, nargs="+", required=True, help="folders of runs to compare")
-    parser.add_argument("--sweep", type=Path, nargs="+", default=[], help="folders of runs over p_L, schedule, depth")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the figures and results.md")
+    parser.add_argument("--runs", type=path, nargs="+", required=True, help="folders of runs to compare")
+    parser.add_argument("--sweep", type=path, nargs="+", default=[], help="folders of runs over p_L, schedule, depth")
+    parser.add_argument("--out", type=path, required=True, help="folder for the figures and results.md")
     return parser.parse_args()
 
 
@@ -32,7 +35,7 @@ def main() -> None:
         if results.same_machine(groups):
             drawn["time"] = figures.times(groups)
         else:
-            print(f"no figure of time: that takes runs of {CONSTANT} and {STOCHASTIC} on one machine")
+            say(f"no figure of time: that takes runs of {CONSTANT} and {STOCHASTIC} on one machine")
         sweep = [Record.read(path) for path in args.sweep]
         if sweep:
             results.check_alike(sweep, but=("depth", "seed", "p_1", "p_L"))
@@ -44,9 +47,9 @@ def main() -> None:
             for name, figure in drawn.items():
                 for file in (args.out / f"{name}.png", args.out / f"{name}.svg"):
                     figures.save(figure, file)
-                    print(file)
-            (args.out / "results.md").write_text(page, encoding="utf-8")
-            print(args.out / "results.md")
+                    say(file)
+            write(args.out / "results.md", page.encode())
+            say(args.out / "results.md")
         except OSError as error:
             raise UserError(f"cannot write to {args.out} ({error.strerror}): choose another --out") from error
 

@@ -3,17 +3,20 @@
 Leaves the repository's folder in the run's, as `hub`, and a copy of all but its weights in model_cards/NAME.
 """
 
+import ctrl_c  # noqa: F401
+
+# isort: split
 import argparse
 from pathlib import Path
 
-from timm_sd.command_line import Parser, one_line_errors
+from timm_sd.command_line import Parser, one_line_errors, path, say
 from timm_sd.hub import check_address, keep_card, make_folder, upload
 from timm_sd.record import Record
 
 
 def parse_args() -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("--run", type=Path, required=True, help="the run's folder")
+    parser.add_argument("--run", type=path, required=True, help="the run's folder")
     parser.add_argument("--repo-id", help="NAMESPACE/NAME on the Hub; without it, nothing is uploaded")
     parser.add_argument("--private", action="store_true", help="the repository is to be seen by its owners only")
     parser.add_argument("--revision", help="the branch to commit to; main unless given")
@@ -34,12 +37,12 @@ def main() -> None:
         address = f"{args.repo_id}@{args.revision}" if args.revision is not None else args.repo_id
         folder = make_folder(args.run, name, address)
         for file in sorted(folder.iterdir()):
-            print(f"{file.stat().st_size:>12,} bytes  {file}")
+            say(f"{file.stat().st_size:>12,} bytes  {file}")
         if args.dry_run:
             return
         if args.repo_id is not None:
             message = f"{name}: {record.best['test_error']:.2f}% test error after {record.options.epochs} epochs"
-            print(upload(folder, args.repo_id, args.private, args.revision, message))
+            say(upload(folder, args.repo_id, args.private, args.revision, message))
         keep_card(folder, Path("model_cards") / name)
 
 

@@ -1,9 +1,11 @@
 """Train a network as the paper's authors did: `accelerate launch train_scripts/train.py --data-dir data`."""
 
-import argparse
-from pathlib import Path
+import ctrl_c  # noqa: F401
 
-from timm_sd.command_line import Parser, one_line_errors
+# isort: split
+import argparse
+
+from timm_sd.command_line import Parser, one_line_errors, path
 from timm_sd.options import DATASETS, Options
 from timm_sd.training import train
 
@@ -14,7 +16,7 @@ def parse_args() -> argparse.Namespace:
     run = parser.add_argument_group("the run")
     run.add_argument("--model", default=defaults.model, help="a cifar_resnet network of timm_sd")
     run.add_argument("--dataset", default=defaults.dataset, help=", ".join(DATASETS))
-    run.add_argument("--data-dir", type=Path, default=defaults.data_dir, help="folder of torchvision's CIFAR files")
+    run.add_argument("--data-dir", type=path, default=defaults.data_dir, help="folder of torchvision's CIFAR files")
     run.add_argument("--download", action="store_true", help="fetch the CIFAR files into the data folder")
     run.add_argument("--epochs", type=int, default=defaults.epochs, help="passes over the training images")
     run.add_argument("--batch-size", type=int, default=defaults.batch_size, help="images a step, of all processes")
@@ -33,7 +35,7 @@ def parse_args() -> argparse.Namespace:
     how.add_argument("--grad-checkpointing", action="store_true", help="compute blocks twice to save memory")
     how.add_argument("--cuda-graphs", action="store_true", help="replay blocks as CUDA graphs; without CUDA, no effect")
     leaves = parser.add_argument_group("what it leaves")
-    leaves.add_argument("--output", type=Path, help="the run's folder; output/MODEL-DATASET-seedSEED unless given")
+    leaves.add_argument("--output", type=path, help="the run's folder; output/MODEL-DATASET-seedSEED unless given")
     leaves.add_argument("--resume", action="store_true", help="go on from the folder's newest checkpoint")
     leaves.add_argument("--checkpoint-steps", type=int, help="a checkpoint every so many steps, not only every epoch")
     leaves.add_argument("--keep-checkpoints", type=int, default=defaults.keep_checkpoints, help="how many stay")

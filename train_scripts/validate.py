@@ -1,17 +1,20 @@
 """Loss and errors of a network on CIFAR: `python train_scripts/validate.py --run output/NAME --data-dir data`."""
 
+import ctrl_c  # noqa: F401
+
+# isort: split
 import argparse
+import math
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import timm
 import torch
-from accelerate import Accelerator
 from torch import nn
 
-from timm_sd import data
-from timm_sd.command_line import Parser, one_line_errors
+from timm_sd import data, machine
+from timm_sd.command_line import Parser, one_line_errors, path, say
 from timm_sd.errors import UserError
 from timm_sd.evaluation import evaluate
 from timm_sd.options import DATASETS, Options
@@ -19,7 +22,7 @@ from timm_sd.pretrained import load_weights
 from timm_sd.record import read_options
 from timm_sd.run_folder import RunFolder
 from timm_sd.stochastic_depth import stochastic_blocks
-from timm_sd.training import create_network, use_all_cores
+from timm_sd.training import create_network
 
 SPLITS = ("train", "validation", "test")
 
@@ -29,17 +32,28 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model", help="a cifar_resnet network of timm_sd; a run knows its own")
     weights = parser.add_mutually_exclusive_group(required=True)
     weights.add_argument("--pretrained", action="store_true", help="the weights that come with the package")
-    weights.add_argument("--checkpoint", type=Path, help="a safetensors file of weights")
-    weights.add_argument("--run", type=Path, help="a run's folder: its best weights, data set and split")
+    weights.add_argument("--checkpoint", type=path, help="a safetensors file of weights")
+    weights.add_argument("--run", type=path, help="a run's folder: its best weights, data set and split")
     parser.add_argument("--dataset", help=", ".join(DATASETS) + "; the run's, or cifar10")
-    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder of torchvision's CIFAR files")
+    parser.add_argument("--data-dir", type=path, default=Path("data"), help="folder of torchvision's CIFAR files")
     parser.add_argument("--split", choices=SPLITS, default="test", help="train and validation are those of --seed")
     parser.add_argument("--seed", type=int, help="of the split; the run's, or 0")
-    parser.add_argument("--drop-blocks", default="", help="numbers from 1 of blocks to leave out, as in 3,17")
+    parser.add_argument(
+        "--drop-blocks",
+        type=numbers,
+        default=[],
+        metavar="B,...",
+        help="blocks to leave out, counted from 1, as in 3,17",
+    )
     args = parser.parse_args()
     if (args.run is None) == (args.model is None):
         parser.error("give --model with --pretrained or --checkpoint, and not with --run")
     return args
+
+
+def numbers(text: str) -> list[int]:
+    """The type of a flag that takes numbers, separated by commas."""
+    return [int(number) for number in text.split(",")]
 
 
 def load_network(options: Options, args: argparse.Namespace) -> nn.Module:
@@ -54,15 +68,15 @@ def load_network(options: Options, args: argparse.Namespace) -> nn.Module:
     return network
 
 
-def drop_blocks(network: nn.Module, numbers: str) -> None:
-    """Put shortcuts in place of blocks (eq. 3). Raises UserError for what is no list of this network's blocks."""
-    blocks = {block: name for name, block in network.named_modules()}
-    in_order = stochastic_blocks(network)
-    for number in filter(None, numbers.split(",")):
-        if not number.strip().isdecimal() or not 1 <= int(number) <= len(in_order):
-            raise UserError(f"--drop-blocks {numbers}: {number!r} is no block, they count from 1 to {len(in_order)}")
-        block = in_order[int(number) - 1]
-        network.set_submodule(blocks[block], block.shortcut)
+def drop_blocks(network: nn.Module, dropped: list[int]) -> None:
+    """Put shortcuts in place of blocks (eq. 3). Raises UserError if the network has no such block."""
+    names = {block: name for name, block in network.named_modules()}
+    blocks = stochastic_blocks(network)
+    for number in dropped:
+        if not 1 <= number <= len(blocks):
+            raise UserError(f"--drop-blocks {number}: there is no such block, they count from 1 to {len(blocks)}")
+        block = blocks[number - 1]
+        network.set_submodule(names[block], block.shortcut)
 
 
 def main() -> None:
@@ -74,8 +88,7 @@ def main() -> None:
             dataset=args.dataset or options.dataset,
             seed=options.seed if args.seed is None else args.seed,
         )
-        use_all_cores()
-        accelerator = Accelerator()
+        accelerator = machine.start()
         network = load_network(options, args)
         drop_blocks(network, args.drop_blocks)
         network = network.to(accelerator.device, memory_format=torch.channels_last)
@@ -88,13 +101,15 @@ def main() -> None:
         started = time.perf_counter()
         result = evaluate(accelerator, network, images, standardise)
         seconds = time.perf_counter() - started
+        if not math.isfinite(result.loss):
+            raise UserError(f"the weights are damaged: the loss is {result.loss}")
 
         names = network.pretrained_cfg["label_names"] if options.dataset != "synthetic" else data.SHAPES
-        accelerator.print(f"{'class':>20} {'images':>7} {'errors':>7} {'error':>7}")
+        say(f"{'class':>20} {'images':>7} {'errors':>7} {'error':>7}")
         for name, count, errors in zip(names, result.images, result.errors, strict=True):
             share = f"{100 * errors / count:.2f}%" if count else "-"
-            accelerator.print(f"{name:>20} {count:7} {errors:7} {share:>7}")
-        accelerator.print(
+            say(f"{name:>20} {count:7} {errors:7} {share:>7}")
+        say(
             f"{options.tag}, {args.split} images of {options.dataset}: loss {result.loss:.4f}, top-1 error"
             f" {result.error:.2f}%, {len(images) / seconds:.0f} images/s"
         )

@@ -1,0 +1,96 @@
+"""Whatever is typed or goes wrong, a script says it in one line, and says it at all."""
+
+import contextlib
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import SCRIPTS
+
+from timm_sd import command_line
+from timm_sd.command_line import one_line_errors, say
+from timm_sd.errors import LONGEST, UserError, one_line
+
+
+def test_one_line():
+    assert one_line("a\x1b[31m\nb\t\u202ec\udcff") == "a [31m b c"
+    assert one_line("two  spaces, é and 漢") == "two  spaces, é and 漢"
+    token = "hf_" + "aB3" * 10
+    assert one_line(f"Bearer {token}, hf_hub") == "Bearer hf_***, hf_hub"
+    long = one_line("begin" + 10_000 * "x" + "end")
+    assert len(long) < LONGEST + 10
+    assert (long[:5], long[-3:]) == ("begin", "end")
+    assert str(UserError("a\nb")) == "a b"
+
+
+def test_what_is_typed_is_said_in_one_line(command):
+    for name in ("\x1b[31mred", "two\nlines", "x" * 100_000):
+        for arguments in (("--model", name), ("--epochs", name), (f"--{name}",)):
+            status, out, err = command("train", "--dataset", "synthetic", *arguments)
+            assert status in (1, 2)
+            assert out == ""
+            assert err.count("\n") == 1
+            assert len(err) < 1200
+            assert err[:-1].isprintable()
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("", "an empty path"),
+        ("a\nb", "characters that cannot be printed"),
+        ("a\x1b[2J", "characters that cannot be printed"),
+        ("a\udcff", "characters that cannot be printed"),  # bytes that are not UTF-8
+        ("~nobody-of-that-name/run", "nobody-of-that-name"),
+        ("/", "it must be a folder of the run's own"),
+    ],
+)
+def test_paths_that_cannot_be(command, path, message):
+    status, out, err = command("train", "--dataset", "synthetic", "--output", path)
+    assert status in (1, 2)
+    assert out == ""
+    assert err.count("\n") == 1
+    assert message in err
+    assert err[:-1].isprintable()
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ann")
+    assert command_line.path("~/runs") == Path("/home/ann/runs")
+    assert command_line.path("runs/~") == Path("runs/~")
+
+
+@pytest.mark.parametrize("name", ["train", "validate", "figures", "publish", "benchmark"])
+def test_ctrl_c_while_a_script_imports(tmp_path, name):
+    """It comes at the first import after those of Python itself."""
+    (tmp_path / "argparse.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    done = subprocess.run(
+        [sys.executable, SCRIPTS / f"{name}.py"], env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
+def test_ctrl_c_later(capsys):
+    with pytest.raises(SystemExit, match=r"train\.py: interrupted"), one_line_errors("train.py"):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_a_run_outlives_its_output(command, few_images, tmp_path):
+    program = ["--model", "cifar_resnet20_sd", "--dataset", "synthetic", "--epochs", "2", "--output", tmp_path / "run"]
+    with open("/dev/full", "w") as full, contextlib.redirect_stdout(full):
+        status, _, err = command("train", *program)
+    assert (status, err) == (
+        1,
+        "train.py: standard output could not be written (No space left on device); all else is done\n",
+    )
+    assert (tmp_path / "run" / "summary.json").exists()
+
+
+def test_text_that_the_terminal_has_not(monkeypatch, tmp_path):
+    with open(tmp_path / "out", "w", encoding="ascii") as file:
+        monkeypatch.setattr(sys, "stdout", file)
+        with one_line_errors("train.py"):
+            say("r\u00e9seau")
+    assert (tmp_path / "out").read_text() == "r\\xe9seau\n"

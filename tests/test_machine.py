@@ -1,0 +1,111 @@
+"""What a run asks of its machine, and what it answers to an environment that cannot be."""
+
+import os
+import subprocess
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+
+from timm_sd import machine, training
+from timm_sd.errors import UserError
+from timm_sd.options import Options
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """An environment without a launcher and threads, in which Accelerate has not started."""
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    for name in ("OMP_NUM_THREADS", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.delenv(name, raising=False)
+    threads = torch.get_num_threads()
+    yield monkeypatch
+    torch.set_num_threads(threads)
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+
+
+@pytest.mark.parametrize(
+    ("variables", "threads"),
+    [
+        ({}, 6),
+        ({"OMP_NUM_THREADS": "1"}, 4),  # the user's own, so nothing is set
+        ({"OMP_NUM_THREADS": "3"}, 4),
+        ({"OMP_NUM_THREADS": "1", "ACCELERATE_MIXED_PRECISION": "no"}, 6),  # the launcher's
+        ({"OMP_NUM_THREADS": "3", "ACCELERATE_MIXED_PRECISION": "no"}, 4),
+        ({"OMP_NUM_THREADS": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}, 3),
+        ({"LOCAL_WORLD_SIZE": "0"}, 6),
+    ],
+)
+def test_threads(environment, variables, threads):
+    """Of six cores, from four threads."""
+    environment.setattr(machine, "cores", lambda: 6)
+    torch.set_num_threads(4)
+    for name, value in variables.items():
+        environment.setenv(name, value)
+    machine.use_all_cores()
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize(("quota", "count"), [("max 100000", 8), ("250000 100000", 2), ("50000 100000", 1), (None, 8)])
+def test_cores_of_a_container(monkeypatch, tmp_path, quota, count):
+    if quota is not None:
+        (tmp_path / "cpu.max").write_text(quota)
+    monkeypatch.setattr(machine, "CPU_QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    assert machine.cores() == count
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("ACCELERATE_USE_DEEPSPEED", "true", "Accelerate cannot start .*"),
+        ("ACCELERATE_USE_MEGATRON_LM", "true", "Accelerate cannot start .*"),
+        ("ACCELERATE_DYNAMO_BACKEND", "bogus", "Accelerate cannot start .*BOGUS.*"),
+        ("ACCELERATE_DYNAMO_BACKEND", "", "Accelerate cannot start .*"),
+        ("ACCELERATE_USE_CPU", "maybe", "Accelerate cannot start .*maybe.*"),
+        ("ACCELERATE_MIXED_PRECISION", "fp8", "Accelerate cannot start .*fp8.*"),
+        ("ACCELERATE_MIXED_PRECISION", "fp16", "--mixed_precision fp16: launch it with no or bf16"),
+        ("ACCELERATE_MIXED_PRECISION", "fp32", "--mixed_precision fp32: launch it with no or bf16"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2", "every batch is a step .* --gradient_accumulation_steps 1"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "0", "every batch is a step .* --gradient_accumulation_steps 1"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "-1", "every batch is a step .* --gradient_accumulation_steps 1"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "x", "Accelerate cannot start .*"),
+        ("LOCAL_WORLD_SIZE", "x", "Accelerate cannot start .*"),
+    ],
+)
+def test_an_environment_that_cannot_be(environment, tmp_path, name, value, message):
+    environment.setenv(name, value)
+    with pytest.raises(UserError, match=message):
+        training.train(Options("cifar_resnet20_sd", "synthetic", epochs=1, output=tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_gpu_that_is_not_there(environment):
+    environment.delenv("ACCELERATE_USE_CPU")
+    environment.setenv("ACCELERATE_TORCH_DEVICE", "cuda")
+    environment.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="CUDA"):
+        machine.start()
+
+
+def test_the_commit_of_the_checkout(tmp_path, monkeypatch):
+    """The one of the checkout that tracks the package, and none for a package that lies in a foreign one."""
+
+    def git(*args):
+        return subprocess.run(["git", "-C", tmp_path, *args], check=True, capture_output=True, text=True).stdout.strip()
+
+    git("init")
+    git("config", "user.name", "test")
+    git("config", "user.email", "test@example.com")
+    git("commit", "--allow-empty", "-m", "first")
+    module = tmp_path / "training.py"
+    module.write_text("")
+    monkeypatch.setattr(machine, "__file__", str(module))
+    assert machine.git_commit() is None
+    git("add", "training.py")
+    git("commit", "-m", "second")
+    assert machine.git_commit() == git("rev-parse", "HEAD")
+    module.write_text("# changed")
+    assert machine.git_commit() == git("rev-parse", "HEAD") + "-dirty"

@@ -1,0 +1,92 @@
+"""What a program asks of the machine that it runs on: Accelerate's set-up, the cores, and what to record of them."""
+
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import accelerate
+import numpy
+import timm
+import torch
+import torchvision
+from accelerate import Accelerator
+
+from . import __version__
+from .errors import UserError
+
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+
+
+def start(**kwargs) -> Accelerator:
+    """What Accelerate's launcher or variables ask for, on all cores. Raises UserError for what cannot be."""
+    try:
+        accelerator = Accelerator(**kwargs)
+        use_all_cores()
+    except Exception as error:  # of any type: what the environment says is met all over Accelerate and PyTorch
+        raise UserError(
+            f"Accelerate cannot start ({type(error).__name__}: {error}): check its variables and its launcher's flags"
+        ) from error
+    if accelerator.device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"ACCELERATE_TORCH_DEVICE={accelerator.device}: there is no CUDA here")
+    return accelerator
+
+
+def use_all_cores() -> None:
+    """Share the cores among this machine's processes of the run, unless OMP_NUM_THREADS says otherwise.
+
+    A launcher sets it to 1 where the user has not set it, so under a launcher 1 does not count.
+    """
+    asked = os.environ.get("OMP_NUM_THREADS")
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "LOCAL_RANK" in os.environ
+    if asked and not (asked == "1" and launched):
+        return
+    torch.set_num_threads(max(1, cores() // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))))
+
+
+def cores() -> int:
+    """Those that this process may use, by its affinity and its container's quota."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    try:
+        quota, period = CPU_QUOTA.read_text(encoding="utf-8").split()
+        return min(count, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):  # no control group, or "max"
+        return count
+
+
+def environment(accelerator: Accelerator) -> dict[str, str | int | None]:
+    """Where a run takes place: what its last bits may depend on, beside its options."""
+    cuda = accelerator.device.type == "cuda"
+    return dict(
+        processes=accelerator.num_processes,
+        threads=torch.get_num_threads(),
+        device=torch.cuda.get_device_name(accelerator.device) if cuda else accelerator.device.type,
+        processor=processor(),
+        dynamo_backend=accelerator.state.dynamo_plugin.backend.value,
+        git_commit=git_commit(),
+        timm_sd=__version__,
+        python=platform.python_version(),
+        **{library.__name__: str(library.__version__) for library in (torch, torchvision, timm, accelerate, numpy)},
+    )
+
+
+def processor() -> str:
+    """The CPU's name where the system tells it, its architecture elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def git_commit() -> str | None:
+    """The commit of the checkout this package runs from, marked if files were changed since; None outside of one."""
+    folder = Path(__file__).parent
+    describe = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    try:
+        # Installed beneath another project's checkout, the package is not part of it.
+        subprocess.run(["git", "ls-files", "--error-unmatch", __file__], cwd=folder, capture_output=True, check=True)
+        return subprocess.run(describe, cwd=folder, capture_output=True, check=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
