@@ -1,14 +1,15 @@
 """SIGKILL a training run at random moments, resume it each time, and compare its end with a run never interrupted.
 
 `python tests/sigkill.py --kills 20`, or with `--data-dir data` on the real CIFAR-10. Every other kill waits for a
-checkpoint that is being written. This takes minutes, so it is not part of the test suite, which tries every moment of
-writing on a smaller run.
+checkpoint that is being written, and every third is of two processes that were started in the same folder at once. This
+takes minutes, so it is not part of the test suite, which tries every moment of writing on a smaller run.
 """
 
 import argparse
 import json
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -21,7 +22,7 @@ TIMES = ("seconds", "images_per_second")
 
 def start(folder: Path, flags: list[str]) -> subprocess.Popen:
     command = [sys.executable, SCRIPT, "--model", "cifar_resnet20_sd", *flags, "--output", folder, "--resume"]
-    return subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL)
+    return subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
 def end_of(folder: Path) -> tuple[bytes, list[dict]]:
@@ -31,15 +32,23 @@ def end_of(folder: Path) -> tuple[bytes, list[dict]]:
     return (folder / "model.safetensors").read_bytes(), figures
 
 
-def kill(run: subprocess.Popen, folder: Path, delay: float, while_writing: bool) -> bool:
-    """Kill after `delay` seconds and, if asked, once a checkpoint is half written; False if the run ended before."""
+def kill(rivals: list[subprocess.Popen], folder: Path, delay: float, while_writing: bool) -> None:
+    """Kill what still runs after `delay` seconds and, if asked, once a checkpoint is half written."""
     moment = time.monotonic() + delay
-    while run.poll() is None:
+    while any(run.poll() is None for run in rivals):
         if time.monotonic() >= moment and (not while_writing or (folder / "checkpoints" / "partial").exists()):
-            run.kill()
-            return run.wait() < 0
+            for run in rivals:
+                run.kill()
+            return
         time.sleep(0.001)
-    return False
+
+
+def check_end(run: subprocess.Popen) -> int:
+    """The status of a process that has been killed, has come to its end, or was refused as the second in a folder."""
+    _, errors = run.communicate()
+    refused = run.returncode == 1 and "another process is training in" in errors and errors.count("\n") == 1
+    assert refused or (run.returncode in (0, -signal.SIGKILL) and not errors), errors
+    return run.returncode
 
 
 def main() -> None:
@@ -55,28 +64,37 @@ def main() -> None:
     work = Path(tempfile.mkdtemp())
 
     began = time.monotonic()
-    assert start(work / "whole", flags).wait() == 0
+    assert check_end(start(work / "whole", flags)) == 0
     longest = time.monotonic() - began
     whole = end_of(work / "whole")
     print(f"never interrupted: {longest:.0f} s", flush=True)
 
-    kills = runs = half_written = 0
+    kills = runs = half_written = fights = refused = 0
     while kills < args.kills:
         folder = work / f"run{runs}"
         killed = True
         while killed:
-            run = start(folder, flags)
-            killed = kills < args.kills and kill(run, folder, moments.uniform(0, min(longest, 25)), kills % 2 == 1)
+            fight = kills % 3 == 2
+            rivals = [start(folder, flags) for _ in range(1 + fight)]
+            if kills < args.kills:
+                kill(rivals, folder, moments.uniform(0, min(longest, 25)), while_writing=kills % 2 == 1)
+            statuses = [check_end(run) for run in rivals]
+            killed = min(statuses) < 0
             if killed:
                 kills += 1
+                fights += fight
+                refused += 1 in statuses
                 left = sorted(path.name for path in folder.glob("checkpoints/*"))
                 half_written += "partial" in left
                 print(f"kill {kills} of run {runs}: checkpoints {', '.join(left) or 'none'}", flush=True)
-        assert run.wait() == 0, "a resumed run failed"
+        assert 0 in statuses, "a resumed run failed"
         assert end_of(folder) == whole, f"run {runs} ended otherwise"
         print(f"run {runs} ends with the same weights and metrics", flush=True)
         runs += 1
-    print(f"{kills} kills, {half_written} of them with a half-written checkpoint, {runs} runs: all ends are the same")
+    print(
+        f"{kills} kills, {half_written} of them with a half-written checkpoint and {fights} of two processes, of which"
+        f" {refused} had one refused by then; {runs} runs: all ends are the same"
+    )
     shutil.rmtree(work)
 
 

@@ -20,6 +20,7 @@ from hub_server import git_oid
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
+from timm.models import _builder
 
 from timm_sd import gates, training
 from timm_sd.options import Options
@@ -341,6 +342,28 @@ def test_without_a_repository(command, hub, run, tmp_path):
     assert command("publish", "--run", run)[0] == 0
     assert hub.requests == []
     assert set(content_of(tmp_path / "model_cards" / "cifar_resnet20_sd.synthetic")) == FILES - {"model.safetensors"}
+
+
+def test_timms_old_cache_is_passed_by(hub, tmp_path, monkeypatch):
+    """It holds pickles, which timm would prefer to the Hub's file."""
+    monkeypatch.setattr(_builder, "_USE_OLD_CACHE", True)
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    torch.save(timm.create_model("cifar_resnet20_sd").state_dict(), tmp_path / "checkpoints" / "old.pth")
+    overlay = dict(url="https://example.com/old.pth", hf_hub_id="ann/nothing")
+    with pytest.raises(RepositoryNotFoundError):
+        timm.create_model("cifar_resnet20_sd", pretrained=True, pretrained_cfg_overlay=overlay, cache_dir=tmp_path)
+
+
+@pytest.mark.parametrize("drop_path", [0.9999999999999, 0.1, 1e-17])
+def test_any_probability_can_be_published(command, few_images, tmp_path, monkeypatch, drop_path):
+    monkeypatch.chdir(tmp_path)
+    training.train(
+        Options("cifar_resnet20", "synthetic", epochs=1, batch_size=64, drop_path=drop_path, output=tmp_path / "run")
+    )
+    assert command("publish", "--run", "run", "--dry-run")[0] == 0
+    network = timm.create_model(f"local-dir:{tmp_path / 'run' / 'hub'}", pretrained=True)
+    assert gates(network)[-1].survival == 1 - drop_path
 
 
 @pytest.mark.parametrize("repo_id", ["small-sd", "ann/small/sd", "ann/small--sd", "ann/", "ann/sd.git"])

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from timm_sd import pretrained
+from timm_sd.errors import UserError
 
 WEIGHTS = Path(__file__).parents[1] / "timm_sd" / "weights"
 NAMES = ["cifar_resnet110.cifar10", "cifar_resnet110_sd.cifar10"]
@@ -182,3 +183,37 @@ def test_validate_reads_them(command, few_images):
         1,
         f"validate.py: cifar_resnet20.cifar10 has no pretrained weights; these have: {', '.join(NAMES)}\n",
     )
+
+
+ROUTES = {
+    "file": lambda file: timm.create_model(
+        "cifar_resnet20_sd", pretrained=True, pretrained_cfg_overlay=dict(file=str(file), hf_hub_id=None)
+    ),
+    "local-dir": lambda file: timm.create_model(f"local-dir:{file.parent}", pretrained=True),
+    "checkpoint_path": lambda file: timm.create_model("cifar_resnet20_sd", checkpoint_path=str(file)),
+    "load_state_dict": lambda file: timm.create_model("cifar_resnet20_sd").load_state_dict(load_file(file)),
+    "load_weights": lambda file: pretrained.load_weights(timm.create_model("cifar_resnet20_sd"), file, "it"),
+}
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_damaged_weights_are_refused(tmp_path, route):
+    """Probabilities outside of (0, 1], weights that are not finite, either of another type."""
+    whole = timm.create_model("cifar_resnet20_sd").state_dict()
+    file = tmp_path / "model.safetensors"
+    (tmp_path / "config.json").write_text(
+        '{"architecture": "cifar_resnet20_sd", "num_classes": 10, "pretrained_cfg": {}}'
+    )
+    save_file(whole, file)
+    ROUTES[route](file)
+    survival, others = "stages.1.0.survival", ("fc.weight", "stages.2.1.branch.bn2.running_var")
+    damaged = [(survival, torch.tensor(p)) for p in (float("nan"), float("inf"), 0.0, -0.5, 1.5, 1, True)]
+    damaged += [(survival, torch.tensor([0.5, 0.5]))]
+    for name in others:
+        damaged += [(name, torch.full_like(whole[name], value)) for value in (float("nan"), float("inf"))]
+        damaged += [(name, torch.ones_like(whole[name], dtype=torch.int64))]
+    for name, tensor in damaged:
+        save_file(whole | {name: tensor}, file)
+        with pytest.raises((RuntimeError, UserError), match=f"the weights are damaged: {name} ") as error:
+            ROUTES[route](file)
+        assert "\n" not in str(error.value)
