@@ -32,7 +32,7 @@ def test_what_is_typed_is_said_in_one_line(command):
             assert status in (1, 2)
             assert out == ""
             assert err.count("\n") == 1
-            assert len(err) < 1200
+            assert len(err) < 800
             assert err[:-1].isprintable()
 
 

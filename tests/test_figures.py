@@ -2,7 +2,9 @@
 
 import json
 import re
+import resource
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +109,33 @@ def test_figure_3(pair):
     assert [text.get_text() for text in errors.texts] == ["12.00%", "12.00%"]
     assert [drawn.get_xdata()[0] for drawn in errors.lines if drawn.get_linestyle() == ":"] == [4, 6]
     assert (errors.get_ylabel(), losses.get_ylabel()) == ("test error (%)", "training loss (cross-entropy)")
+
+
+@pytest.mark.filterwarnings("error")
+def test_nothing_but_zeros_is_drawn_without_a_warning(made_up, tmp_path):
+    made_up("zeros")
+    lines = [json.loads(line) for line in Path("zeros/metrics.jsonl").read_text().splitlines()]
+    zeros = dict.fromkeys(("train_loss", "train_error", "validation_error", "test_error", "conv1_gradient"), 0.0)
+    Path("zeros/metrics.jsonl").write_text("".join(json.dumps(line | zeros) + "\n" for line in lines))
+    groups = results.compare([Record.read(Path("zeros"))])
+    for draw in (figures.learning_curves, figures.gradients):
+        figures.save(draw(groups), tmp_path / "zeros.png")
+
+
+def test_a_full_disk_leaves_the_figure_that_was_there(command, made_up):
+    made_up("a")
+    assert command("figures", "--runs", "a", "--out", "out")[0] == 0
+    before = {path: path.read_bytes() for path in Path("out").iterdir()}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        status, _, err = command("figures", "--runs", "a", "--out", "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert (status, err) == (1, "figures.py: cannot write to out (File too large): choose another --out\n")
+    assert {path: path.read_bytes() for path in Path("out").iterdir()} == before
 
 
 def test_the_learning_rate_drops_of_the_schedule(made_up):
@@ -339,6 +368,39 @@ def change(file, key, value=None):
         (
             lambda: change("metrics.jsonl", "lr", "high"),
             r"a/metrics.jsonl is damaged \(.*\): train.py --resume writes it again",
+        ),
+        (
+            lambda: change("config.json", "processor", "a | b"),
+            r"a/config.json: processor is missing or cannot be 'a \| b': it is of another version .*",
+        ),
+        (
+            lambda: change("config.json", "device", "{{ x }}"),
+            r"a/config.json: device is missing or cannot be '{{ x }}': it is of another version .*",
+        ),
+        (lambda: change("config.json", "threads", 0), "a/config.json: threads is missing or cannot be 0: .*"),
+        (lambda: change("config.json", "threads", True), "a/config.json: threads is missing or cannot be True: .*"),
+        (
+            lambda: change("config.json", "lr", float("nan")),
+            "a holds no run: its config.json is missing, damaged or .*",
+        ),
+        (lambda: change("config.json", "batch_size", -1), "a/config.json is of .*: --batch-size -1: it must be .*"),
+        (lambda: change("config.json", "seed", True), "a/config.json is of .*: --seed True: it must be of type int"),
+        (lambda: Path("a/config.json").write_text("[" * 100_000), "a holds no run: its config.json is missing, .*"),
+        *(
+            (
+                lambda name=name, value=value: change("metrics.jsonl", name, value),
+                r"a/metrics.jsonl is damaged \(.*\): .*",
+            )
+            for name, value in (
+                ("test_error", float("nan")),
+                ("test_error", -1.0),
+                ("test_error", 101.0),
+                ("train_loss", float("inf")),
+                ("train_loss", True),
+                ("seconds", 0.0),
+                ("epoch", 2),
+                ("more", 1.0),
+            )
         ),
         (lambda: Path("a/metrics.jsonl").unlink(), "a holds an unfinished run, 0 of 8 epochs: .*"),
     ],

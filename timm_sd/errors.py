@@ -3,7 +3,7 @@
 import re
 from itertools import groupby
 
-LONGEST = 1000
+LONGEST = 600
 TOKEN = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{20,}")  # the Hub's
 
 

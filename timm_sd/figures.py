@@ -72,6 +72,8 @@ def _epochs(axes: Axes, label: str) -> None:
 
 def _plain_log(axes: Axes) -> None:
     """A logarithmic axis with numbers as they are spoken, over a decade or so between powers of ten too."""
+    if not any((np.asarray(line.get_ydata()) > 0).any() for line in axes.lines):
+        return
     axes.set_yscale("log")
     plain = FuncFormatter(lambda value, _: f"{value:g}")
     low, high = axes.get_ylim()
@@ -133,7 +135,7 @@ def learning_curves(groups: Groups) -> Figure:
         axes.axvline(epoch, color=GREY, linewidth=1, linestyle=":", label=None if index else "learning rate ÷ 10")
     # Of a long run, the first epochs would press all that is to be seen together.
     seen = [curves(records, "test_error")[:, epochs_in_all // 20 :] for records in groups.values()]
-    axes.set_ylim(0, 1.1 * max(errors.max() for errors in seen))
+    axes.set_ylim(0, 1.1 * max(1, *(errors.max() for errors in seen)))
     axes.set_xlim(1 - 0.05 * epochs_in_all, 1.18 * epochs_in_all)
     axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick <= epochs_in_all])
     figure.legend(loc="outside upper center", ncols=2, frameon=False)
