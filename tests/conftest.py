@@ -21,6 +21,8 @@ os.environ.update(
 )
 for name in ("HF_HUB_OFFLINE", "HF_HUB_CACHE", "HF_TOKEN", "HF_TOKEN_PATH", "HUGGING_FACE_HUB_TOKEN"):
     os.environ.pop(name, None)
+# The suite runs in a process a core.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Runs are compared bit for bit and with computations on the CPU, also where there is a GPU.
 os.environ["ACCELERATE_USE_CPU"] = "1"
 

@@ -176,7 +176,7 @@ def test_command(command, few_images, tmp_path):
     status, _, err = command("train", *arguments)
     assert status == 1
     run = tmp_path / "run"
-    assert err == f"train.py: {run} already holds a run: --resume goes on with it, or choose another --output\n"
+    assert err == f"train.py: {run} already holds a run: --resume continues it, or choose another --output\n"
     assert content_of(run) == before
 
 

@@ -35,7 +35,7 @@ def parse_args() -> argparse.Namespace:
     how.add_argument("--grad-checkpointing", action="store_true", help="compute blocks twice to save memory")
     how.add_argument("--cuda-graphs", action="store_true", help="replay blocks as CUDA graphs; without CUDA, no effect")
     leaves = parser.add_argument_group("what it leaves")
-    leaves.add_argument("--output", type=path, help="the run's folder; one in output/ named after its options unless given")
+    leaves.add_argument("--output", type=path, help="the run's folder; unless given, output/ and a name of its options")
     leaves.add_argument("--resume", action="store_true", help="go on from the folder's newest checkpoint")
     leaves.add_argument("--checkpoint-steps", type=int, help="a checkpoint every so many steps, not only every epoch")
     leaves.add_argument("--keep-checkpoints", type=int, default=defaults.keep_checkpoints, help="how many stay")
