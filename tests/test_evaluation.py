@@ -92,7 +92,7 @@ def test_left_out_blocks(command, run, network):
     [
         ([], "one of the arguments --pretrained --checkpoint --run is required"),
         (["--pretrained"], "give --model with --pretrained or --checkpoint, and not with --run"),
-        (["--pretrained", "--model", "resnet11"], "--model resnet11: there is no such network"),
+        (["--pretrained", "--model", "resnet11"], "--model resnet11: it must be one of cifar_resnet20, "),
         (
             ["--run", "{run}", "--model", "cifar_resnet20"],
             "give --model with --pretrained or --checkpoint, and not with",
@@ -100,7 +100,7 @@ def test_left_out_blocks(command, run, network):
         (["--pretrained", "--model", "cifar_resnet1202"], "cifar_resnet1202.cifar10 has no pretrained weights"),
         (["--run", "nowhere"], "nowhere holds no run: its config.json is missing, damaged"),
         (["--run", "{run}", "--split", "all"], "invalid choice: 'all'"),
-        (["--run", "{run}", "--dataset", "mnist"], "--dataset mnist: there is no such data set"),
+        (["--run", "{run}", "--dataset", "mnist"], "argument --dataset: invalid choice: 'mnist'"),
         (["--run", "{run}", "--drop-blocks", "0"], "--drop-blocks 0: there is no such block, they count from 1 to 9"),
         (
             ["--run", "{run}", "--drop-blocks", "3,10"],

@@ -353,7 +353,7 @@ def change(file, key, value=None):
         ),
         (
             lambda: change("config.json", "model", "resnet11"),
-            "a/config.json is of .*: --model resnet11: there is no such .*",
+            "a/config.json is of .*: --model resnet11: it must be one of .*",
         ),
         (
             lambda: change("config.json", "processor"),

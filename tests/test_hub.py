@@ -341,7 +341,7 @@ def test_dry_run(publish, hub, run, tmp_path):
 def test_without_a_repository(command, hub, run, tmp_path):
     assert command("publish", "--run", run)[0] == 0
     assert hub.requests == []
-    assert set(content_of(tmp_path / "model_cards" / "cifar_resnet20_sd.synthetic")) == FILES - {"model.safetensors"}
+    assert set(content_of(tmp_path / "model_cards" / "cifar_resnet20_sd.e2_synthetic")) == FILES - {"model.safetensors"}
 
 
 def test_timms_old_cache_is_passed_by(hub, tmp_path, monkeypatch):

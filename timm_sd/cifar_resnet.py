@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .gate import MODES, check_choice
 from .labels import CIFAR10_LABELS, CIFAR100_LABELS
-from .pretrained import WEIGHTS_FILE, check_architecture, check_source, check_values, source
+from .pretrained import WEIGHTS_FILE, check_architecture, check_source, check_values, names, source
 from .stochastic_depth import SCHEDULES, StochasticDepth, survival_probabilities
 
 __all__ = ["CifarResNet"]
@@ -290,7 +290,7 @@ def _cfg(**kwargs) -> dict:
 
 
 # Mean and standard deviation of the 50,000 training images, a channel each.
-DATASETS = {
+DATA_CONFIGURATIONS = {
     "cifar10": _cfg(
         num_classes=10,
         label_names=CIFAR10_LABELS,
@@ -308,10 +308,11 @@ DEPTHS = (20, 32, 44, 56, 110, 1202)
 
 default_cfgs = generate_default_cfgs(
     {
-        (tag := f"cifar_resnet{depth}{suffix}.{dataset}"): {**cfg, **source(tag)}
+        name: {**cfg, **source(name)}
         for depth in DEPTHS
         for suffix in ("", "_sd")
-        for dataset, cfg in DATASETS.items()
+        for dataset, cfg in DATA_CONFIGURATIONS.items()
+        for name in names(f"cifar_resnet{depth}{suffix}", dataset)
     }
 )
 

@@ -35,7 +35,7 @@ def make_folder(run: Path, name: str, address: str | None = None) -> Path:
     record, files, digest = Record.read(run), RunFolder(run), read_sha256(run)
     options = record.options
     network = create_network(options).to(memory_format=torch.contiguous_format)
-    load_weights(network, files.weights, options.tag)
+    load_weights(network, files.weights, options.data_tag)
     if sha256(files.weights) != digest:
         raise UserError(
             f"{files.weights} is not what the run ended with, by its SHA-256: train.py --resume restores it"

@@ -13,10 +13,10 @@ from .options import Options
 from .record import Record
 
 TEMPLATE = Path(__file__).parent / "model_card.md.jinja"
-DATASETS = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "synthetic": "timm-sd's drawn shapes"}
+DATASET_NAMES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "synthetic": "timm-sd's drawn shapes"}
 HUB_DATASETS = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
 PRECISIONS = {"no": "float32", "bf16": "bfloat16 (autocast)"}
-SCHEDULES = {
+LR_SCHEDULES_IN_WORDS = {
     "steps": "learning rate {lr:g}, a tenth of it from half of the epochs on and a hundredth from three quarters",
     "one-cycle": "learning rate in a line up to {lr:g} within the first fifth of the steps, then in a line down to 0",
 }
@@ -61,7 +61,7 @@ def model_card(record: Record, network: CifarResNet, name: str, address: str | N
     options, best = record.options, record.best
     where = record.environments[0]
     on_cpu = where["device"] == "cpu"
-    dataset, hub_dataset = DATASETS[options.dataset], HUB_DATASETS.get(options.dataset)
+    dataset, hub_dataset = DATASET_NAMES[options.dataset], HUB_DATASETS.get(options.dataset)
     published = record.published
     beside = f"beside the paper's {published}%" if published else "which the paper has no figure for"
     result = dict(
@@ -109,15 +109,15 @@ def model_card(record: Record, network: CifarResNet, name: str, address: str | N
         parameters=sum(parameter.numel() for parameter in network.parameters()),
         classes=network.num_classes,
         address=address,
-        tag=options.tag,
-        packaged=read_sums(pretrained.WEIGHTS).get(f"{options.tag}.safetensors") == sha256,
+        tag=options.weights_tag,
+        packaged=read_sums(pretrained.WEIGHTS).get(f"{options.weights_tag}.safetensors") == sha256,
         dataset=dataset,
         hub_dataset=hub_dataset,
         best=best,
         last=record.last,
         paper=f"{published}%" if published else "",
         sizes=split_sizes(LEARNING_IMAGES[options.dataset]),
-        schedule=SCHEDULES[options.lr_schedule].format(lr=options.lr),
+        schedule=LR_SCHEDULES_IN_WORDS[options.lr_schedule].format(lr=options.lr),
         survival=(
             f"survival probabilities {options.drop_path_schedule}, p_L = {record.survival[-1]:g}"
             if record.stochastic

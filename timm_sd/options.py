@@ -1,80 +1,91 @@
-"""What a training run is asked to be."""
+"""What a training run is asked to be: each option is declared once, for Python, config.json and the command line."""
 
+import argparse
 import math
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import timm
 
+from .command_line import path
 from .errors import UserError
 from .stochastic_depth import SCHEDULES
 
-MODELS = timm.list_models(module="cifar_resnet")
+MODELS = tuple(timm.list_models(module="cifar_resnet"))
 DATASETS = ("cifar10", "cifar100", "synthetic")
 LR_SCHEDULES = ("steps", "one-cycle")
-# What these say leaves the weights alone, so a resumed run may say something else.
-FREE_OPTIONS = ("data_dir", "download", "output", "resume", "checkpoint_steps", "keep_checkpoints", "log_with")
+PAPER_EPOCHS = 500
+# Groups of the command line's help.
+RUN, COMPUTATION, OUTPUT = "the run", "how it is computed", "what it writes"
+AT_LEAST_1 = (lambda value: value >= 1, "at least 1")
+
+
+def option(
+    default: Any,
+    group: str,
+    help: str,
+    choices: tuple[str, ...] | None = None,
+    valid: tuple[Callable[[Any], bool], str] | None = None,
+    free: bool = False,
+) -> Any:
+    """A field of `Options`: its `choices`, or which values are `valid` and that in words.
+
+    A `free` one leaves the weights alone, so a resumed run may change it.
+    """
+    return field(default=default, metadata=dict(group=group, help=help, choices=choices, valid=valid, free=free))
 
 
 @dataclass(frozen=True)
 class Options:
     """The options of a run. The defaults are the authors' protocol on CIFAR-10.
 
-    `batch_size` counts the images of a step over all processes. `lr_schedule` is "steps", the authors', or "one-cycle",
-    for runs of a few epochs. `drop_path` is 1 - p_L, None for the network's own, and `drop_path_schedule` how the
-    survival probabilities decay to p_L.
-    `output` is the run's folder, None for one named after the model, the data set, the seed and what differs from the
-    defaults. `checkpoint_steps` asks for a checkpoint every so many steps of an epoch, beside the one at its end.
-
-    Raises UserError for a value that is not allowed.
+    Raises UserError for a value of another type, or one that is not valid.
     """
 
-    model: str = "cifar_resnet110_sd"
-    dataset: str = "cifar10"
-    data_dir: Path = Path("data")
-    download: bool = False
-    epochs: int = 500
-    batch_size: int = 128
-    lr: float = 0.1
-    lr_schedule: str = "steps"
-    weight_decay: float = 1e-4
-    drop_path: float | None = None
-    drop_path_schedule: str = "linear"
-    seed: int = 0
-    sync_bn: bool = False
-    grad_checkpointing: bool = False
-    cuda_graphs: bool = False
-    output: Path | None = None
-    resume: bool = False
-    checkpoint_steps: int | None = None
-    keep_checkpoints: int = 2
-    log_with: str | None = None
+    model: str = option("cifar_resnet110_sd", RUN, "a cifar_resnet network of timm_sd", MODELS)
+    dataset: str = option("cifar10", RUN, "the images", DATASETS)
+    data_dir: Path = option(Path("data"), RUN, "folder of torchvision's CIFAR files", free=True)
+    download: bool = option(False, RUN, "download the CIFAR files into the data folder", free=True)
+    epochs: int = option(PAPER_EPOCHS, RUN, "passes over the training images", valid=AT_LEAST_1)
+    batch_size: int = option(128, RUN, "images per step, over all processes", valid=AT_LEAST_1)
+    lr: float = option(0.1, RUN, "highest learning rate", valid=(lambda lr: 0 < lr < math.inf, "positive and finite"))
+    lr_schedule: str = option("steps", RUN, "steps, the authors', or one-cycle for few epochs", LR_SCHEDULES)
+    weight_decay: float = option(
+        1e-4, RUN, "on every parameter", valid=(lambda decay: 0 <= decay < math.inf, "at least 0 and finite")
+    )
+    drop_path: float | None = option(
+        None, RUN, "1 - p_L; the network's own unless given", valid=(lambda rate: 0 <= rate < 1, "in [0, 1)")
+    )
+    drop_path_schedule: str = option("linear", RUN, "linear, the paper's, or uniform", SCHEDULES)
+    seed: int = option(
+        0, RUN, "seed of everything random in the run", valid=(lambda seed: 0 <= seed < 2**32, "in [0, 2^32)")
+    )
+    sync_bn: bool = option(False, COMPUTATION, "normalize over the whole batch, not each GPU's part of it")
+    grad_checkpointing: bool = option(False, COMPUTATION, "compute blocks twice to save memory")
+    cuda_graphs: bool = option(False, COMPUTATION, "replay blocks as CUDA graphs; no effect without CUDA")
+    output: Path | None = option(
+        None, OUTPUT, "the run's folder; one in output/ named after its options unless given", free=True
+    )
+    resume: bool = option(False, OUTPUT, "continue from the folder's newest checkpoint", free=True)
+    checkpoint_steps: int | None = option(
+        None, OUTPUT, "steps between checkpoints, beside the one after each epoch", valid=AT_LEAST_1, free=True
+    )
+    keep_checkpoints: int = option(2, OUTPUT, "checkpoints to keep", valid=AT_LEAST_1, free=True)
+    log_with: str | None = option(None, OUTPUT, "one of Accelerate's trackers: tensorboard, wandb, ...", free=True)
 
     def __post_init__(self) -> None:
-        for name, kind in get_type_hints(Options).items():
-            if not _is_a(getattr(self, name), kind):
-                kind = getattr(kind, "__name__", kind)
-                raise UserError(f"{flag(name)} {getattr(self, name)!r}: it must be of type {kind}")
-        if self.model not in MODELS:
-            raise UserError(f"--model {self.model}: there is no such network; there are {', '.join(MODELS)}")
-        if self.dataset not in DATASETS:
-            raise UserError(f"--dataset {self.dataset}: there is no such data set; there are {', '.join(DATASETS)}")
-        for name, choices in (("lr_schedule", LR_SCHEDULES), ("drop_path_schedule", SCHEDULES)):
-            if getattr(self, name) not in choices:
-                raise UserError(f"{flag(name)} {getattr(self, name)}: it must be {' or '.join(choices)}")
-        for name, allowed, range_ in (
-            ("epochs", self.epochs >= 1, "at least 1"),
-            ("batch_size", self.batch_size >= 1, "at least 1"),
-            ("lr", 0 < self.lr < math.inf, "positive and finite"),
-            ("weight_decay", 0 <= self.weight_decay < math.inf, "at least 0 and finite"),
-            ("drop_path", self.drop_path is None or 0 <= self.drop_path < 1, "in [0, 1)"),
-            ("seed", 0 <= self.seed < 2**32, "in [0, 2^32)"),
-            ("checkpoint_steps", self.checkpoint_steps is None or self.checkpoint_steps >= 1, "at least 1"),
-            ("keep_checkpoints", self.keep_checkpoints >= 1, "at least 1"),
-        ):
-            if not allowed:
-                raise UserError(f"{flag(name)} {getattr(self, name)}: it must be {range_}")
+        kinds = get_type_hints(Options)
+        for declared in fields(Options):
+            name, value, kind = declared.name, getattr(self, declared.name), kinds[declared.name]
+            if not _is_a(value, kind):
+                raise UserError(f"{flag(name)} {value!r}: it must be of type {getattr(kind, '__name__', kind)}")
+            choices, valid = declared.metadata["choices"], declared.metadata["valid"]
+            if choices and value not in choices:
+                raise UserError(f"{flag(name)} {value}: it must be one of {', '.join(choices)}")
+            if valid and value is not None and not valid[0](value):
+                raise UserError(f"{flag(name)} {value}: it must be {valid[1]}")
         if self.output_dir == self.output_dir.parent:
             raise UserError(f"--output {self.output}: it must be a folder of the run's own")
         if self.cuda_graphs and self.grad_checkpointing:
@@ -93,17 +104,42 @@ class Options:
         return (self.output or default).expanduser().absolute()
 
     @property
-    def tag(self) -> str:
+    def data_tag(self) -> str:
         """The network's name with the tag of its data configuration, as timm knows it."""
         return f"{self.model}.{'cifar10' if self.dataset == 'synthetic' else self.dataset}"
 
+    @property
+    def weights_tag(self) -> str:
+        """The name of the run's weights: their tag says the recipe, unless it is as long as the paper's."""
+        recipe = "" if self.epochs == PAPER_EPOCHS else f"e{self.epochs}_"
+        return f"{self.model}.{recipe}{self.dataset}"
 
-BOUND_OPTIONS = [field.name for field in fields(Options) if field.name not in FREE_OPTIONS]
+
+BOUND_OPTIONS = tuple(declared.name for declared in fields(Options) if not declared.metadata["free"])
 
 
 def flag(name: str) -> str:
     """An option as the command line has it."""
     return f"--{name.replace('_', '-')}"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Give a command line all the options, as arguments for `Options`."""
+    kinds = get_type_hints(Options)
+    groups = {title: parser.add_argument_group(title) for title in (RUN, COMPUTATION, OUTPUT)}
+    for declared in fields(Options):
+        kind = (get_args(kinds[declared.name]) or (kinds[declared.name],))[0]
+        add = groups[declared.metadata["group"]].add_argument
+        if kind is bool:
+            add(flag(declared.name), action="store_true", help=declared.metadata["help"])
+        else:
+            add(
+                flag(declared.name),
+                type=path if kind is Path else kind,
+                default=declared.default,
+                choices=declared.metadata["choices"],
+                help=declared.metadata["help"],
+            )
 
 
 def _is_a(value: object, kind: type) -> bool:

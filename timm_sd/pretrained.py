@@ -1,6 +1,7 @@
 """Where pretrained weights come from: safetensors files in this package, or on the Hub; never a pickle.
 
-A packaged file is `weights/NAME.TAG.safetensors`, and `weights/SHA256SUMS` has its hash.
+A packaged file is `weights/NAME.TAG.safetensors`, and `weights/SHA256SUMS` has its hash. A tag is the data set, such as
+"cifar10", for weights trained by the paper's recipe; what was trained for 40 epochs, say, has the tag "e40_cifar10".
 """
 
 from pathlib import Path
@@ -18,17 +19,22 @@ HUB_NAMESPACE = "timm-sd"
 WEIGHTS_FILE = "model.safetensors"
 
 
-def source(tag: str) -> dict[str, str]:
-    """timm's entries for the source of a network's weights, such as "cifar_resnet110_sd.cifar10"; {} without any."""
-    file = f"{tag}.safetensors"
-    if file not in read_sums(WEIGHTS):
-        return {}
-    return dict(file=str(WEIGHTS / file), hf_hub_id=f"{HUB_NAMESPACE}/{tag}")
-
-
 def packaged() -> list[str]:
     """The names, with tags, of the networks whose weights come with the package."""
     return sorted(file.removesuffix(".safetensors") for file in read_sums(WEIGHTS))
+
+
+def names(model: str, dataset: str) -> list[str]:
+    """A network's names with the tags of a data set: the paper's recipe, with weights or without, then the others."""
+    others = [name for name in packaged() if name.split(".")[0] == model and name.endswith(f"_{dataset}")]
+    return [f"{model}.{dataset}", *others]
+
+
+def source(name: str) -> dict[str, str]:
+    """timm's entries for the source of weights, such as those of "cifar_resnet110_sd.cifar10"; {} if there are none."""
+    if name not in packaged():
+        return {}
+    return dict(file=str(WEIGHTS / f"{name}.safetensors"), hf_hub_id=f"{HUB_NAMESPACE}/{name}")
 
 
 def check_source(cfg: PretrainedCfg) -> None:

@@ -124,7 +124,7 @@ class Record:
         """The survival probabilities p_1..p_L."""
         options = self.options
         network = timm.create_model(
-            options.tag,
+            options.data_tag,
             drop_path_rate=options.drop_path,
             drop_path_schedule=options.drop_path_schedule,
             device="meta",

@@ -32,7 +32,7 @@ from torch import nn
 
 from .errors import UserError
 from .files import check_sums, parse_json, read_json, read_sums, sha256, sync, write, write_json, write_sums
-from .options import FREE_OPTIONS, Options
+from .options import BOUND_OPTIONS, Options
 
 BEST_FILE = "best.safetensors"
 CONFIG_FILE = "config.json"
@@ -147,7 +147,7 @@ class RunFolder:
 
         self.last = everything[-1]
         self.configuration, progress = self._read(self.last)
-        bound = {name: value for name, value in options.items() if name not in FREE_OPTIONS}
+        bound = {name: options[name] for name in (*BOUND_OPTIONS, "mixed_precision")}
         if differing := _differences(self.configuration["options"], bound):
             raise UserError(f"{self.path} holds a run of another configuration ({differing}): choose another --output")
         environments = self.configuration["environments"]

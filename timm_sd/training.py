@@ -53,7 +53,7 @@ def create_network(options: Options) -> nn.Module:
     """The network of a run, initialised as a function of its seed."""
     set_seed(options.seed)
     network = timm.create_model(
-        options.tag, drop_path_rate=options.drop_path, drop_path_schedule=options.drop_path_schedule
+        options.data_tag, drop_path_rate=options.drop_path, drop_path_schedule=options.drop_path_schedule
     )
     return network.to(memory_format=torch.channels_last)
 

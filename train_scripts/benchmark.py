@@ -4,7 +4,7 @@ What is compared takes turns, so that whatever else the machine does falls on al
 since the gates of each are part of it. Peak memory is that of the same steps, made again in a process of their own.
 """
 
-import ctrl_c  # noqa: F401
+import start  # noqa: F401
 
 # isort: split
 import argparse

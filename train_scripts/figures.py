@@ -2,7 +2,7 @@
 `python train_scripts/figures.py --runs output/ONE output/OTHER --out results`.
 """
 
-import ctrl_c  # noqa: F401
+import start  # noqa: F401
 
 # isort: split
 import argparse

@@ -3,7 +3,7 @@
 Leaves the repository's folder in the run's, as `hub`, and a copy of all but its weights in model_cards/NAME.
 """
 
-import ctrl_c  # noqa: F401
+import start  # noqa: F401
 
 # isort: split
 import argparse
@@ -33,7 +33,7 @@ def main() -> None:
         if args.repo_id is not None:
             check_address(args.repo_id, args.revision)
         record = Record.read(args.run)
-        name = args.repo_id.split("/")[1] if args.repo_id else f"{record.options.model}.{record.options.dataset}"
+        name = args.repo_id.split("/")[1] if args.repo_id else record.options.weights_tag
         address = f"{args.repo_id}@{args.revision}" if args.revision is not None else args.repo_id
         folder = make_folder(args.run, name, address)
         for file in sorted(folder.iterdir()):

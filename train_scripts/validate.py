@@ -1,6 +1,6 @@
 """Loss and errors of a network on CIFAR: `python train_scripts/validate.py --run output/NAME --data-dir data`."""
 
-import ctrl_c  # noqa: F401
+import start  # noqa: F401
 
 # isort: split
 import argparse
@@ -13,7 +13,7 @@ import timm
 import torch
 from torch import nn
 
-from timm_sd import data, machine
+from timm_sd import data, machine, pretrained
 from timm_sd.command_line import Parser, one_line_errors, path, say
 from timm_sd.errors import UserError
 from timm_sd.evaluation import evaluate
@@ -34,7 +34,7 @@ def parse_args() -> argparse.Namespace:
     weights.add_argument("--pretrained", action="store_true", help="the weights that come with the package")
     weights.add_argument("--checkpoint", type=path, help="a safetensors file of weights")
     weights.add_argument("--run", type=path, help="a run's folder: its best weights, data set and split")
-    parser.add_argument("--dataset", help=", ".join(DATASETS) + "; the run's, or cifar10")
+    parser.add_argument("--dataset", choices=DATASETS, help="the run's, or cifar10, unless given")
     parser.add_argument("--data-dir", type=path, default=Path("data"), help="folder of torchvision's CIFAR files")
     parser.add_argument("--split", choices=SPLITS, default="test", help="train and validation are those of --seed")
     parser.add_argument("--seed", type=int, help="of the split; the run's, or 0")
@@ -60,11 +60,14 @@ def load_network(options: Options, args: argparse.Namespace) -> nn.Module:
     """The network with its weights. Raises UserError if there are none, or not for this network."""
     if args.pretrained:
         try:
-            return timm.create_model(options.tag, pretrained=True)
+            # timm takes the first that has weights for a name without a tag, which need not be of this data set.
+            names = pretrained.names(*options.data_tag.split("."))
+            name = next((name for name in names if name in pretrained.packaged()), options.data_tag)
+            return timm.create_model(name, pretrained=True)
         except RuntimeError as error:
             raise UserError(str(error)) from error
     network = create_network(options)
-    load_weights(network, args.checkpoint or RunFolder(args.run).weights, options.tag)
+    load_weights(network, args.checkpoint or RunFolder(args.run).weights, options.data_tag)
     return network
 
 
@@ -110,7 +113,7 @@ def main() -> None:
             share = f"{100 * errors / count:.2f}%" if count else "-"
             say(f"{name:>20} {count:7} {errors:7} {share:>7}")
         say(
-            f"{options.tag}, {args.split} images of {options.dataset}: loss {result.loss:.4f}, top-1 error"
+            f"{options.data_tag}, {args.split} images of {options.dataset}: loss {result.loss:.4f}, top-1 error"
             f" {result.error:.2f}%, {len(images) / seconds:.0f} images/s"
         )
         accelerator.end_training()

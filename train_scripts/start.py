@@ -1,0 +1,16 @@
+"""What every script imports first, since the other imports take seconds and may be missing."""
+
+import importlib.util
+import os
+import signal
+import sys
+
+# Ctrl-C during the imports ends the script without a traceback. In the background it is ignored, and stays so.
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+missing = [
+    name for name in ("accelerate", "filelock", "jinja2", "matplotlib", "tqdm") if not importlib.util.find_spec(name)
+]
+if missing:
+    sys.exit(f"{os.path.basename(sys.argv[0])}: {', '.join(missing)} not installed: pip install 'timm-sd[train]'")
