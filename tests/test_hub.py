@@ -18,7 +18,7 @@ import yaml
 from conftest import SCRIPTS, take_few_images
 from hub_server import git_oid
 from huggingface_hub import ModelCard
-from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 from timm.models import _builder
 
@@ -168,7 +168,7 @@ def test_revision(publish, hub, run, tmp_path, branch):
     assert hub.commits(REPO) == ["initial commit"]
     assert torch.equal(logits_of(load(f"hf-hub:{REPO}@{branch}", tmp_path / "cache")), logits_of_run(run))
     assert f'timm.create_model("hf-hub:{REPO}@{branch}", pretrained=True)' in (run / "hub" / "README.md").read_text()
-    with pytest.raises(RemoteEntryNotFoundError):
+    with pytest.raises(EntryNotFoundError):
         load(f"hf-hub:{REPO}", tmp_path / "cache")
 
 
@@ -323,7 +323,7 @@ def test_a_pickle_is_not_loaded(publish, hub, tmp_path):
     }
     hub.commit("ann/pickled", "main", files, "pickled weights")
     hub.requests.clear()
-    with pytest.raises(RemoteEntryNotFoundError):
+    with pytest.raises(EntryNotFoundError):
         load("hf-hub:ann/pickled", tmp_path / "cache")
     assert not [line for line in hub.requests if "pytorch_model" in line]
 

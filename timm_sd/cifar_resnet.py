@@ -9,7 +9,7 @@ from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
-from timm.layers import create_classifier, get_device_dtype, register_notrace_module
+from timm.layers import create_classifier
 from timm.models import (
     PretrainedCfg,
     build_model_with_cfg,
@@ -19,11 +19,12 @@ from timm.models import (
     resolve_pretrained_cfg,
 )
 from timm.models._features import feature_take_indices
+from timm.models._features_fx import register_notrace_module
 from torch import Tensor, nn
 
 from .gate import MODES, check_choice
 from .labels import CIFAR10_LABELS, CIFAR100_LABELS
-from .pretrained import WEIGHTS_FILE, check_architecture, check_source, check_values, names, source
+from .pretrained import check_architecture, check_values, names, resolve, source
 from .stochastic_depth import SCHEDULES, StochasticDepth, survival_probabilities
 
 __all__ = ["CifarResNet"]
@@ -139,9 +140,13 @@ class CifarResNet(nn.Module):
             self.feature_info.append(dict(num_chs=width, reduction=2**stage, module=f"stages.{stage}"))
 
         self.num_features = CHANNELS[-1]
-        self.global_pool, self.fc = create_classifier(self.num_features, num_classes, pool_type=global_pool, **dd)
-        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
+        self._create_classifier(num_classes, global_pool)
         self.init_weights()
+
+    def _create_classifier(self, num_classes: int, global_pool: str) -> None:
+        pool, classifier = create_classifier(self.num_features, num_classes, pool_type=global_pool)
+        self.global_pool, self.fc = pool, classifier.to(self.conv1.weight)  # its device and type
+        self.head_hidden_size = self.num_features * pool.feat_mult()
 
     @torch.jit.ignore
     def init_weights(self) -> None:
@@ -189,10 +194,7 @@ class CifarResNet(nn.Module):
             global_pool = self.global_pool.pool_type
         _check_head(num_classes, global_pool)
         self.num_classes = num_classes
-        self.global_pool, self.fc = create_classifier(
-            self.num_features, num_classes, pool_type=global_pool, **get_device_dtype(self)
-        )
-        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
+        self._create_classifier(num_classes, global_pool)
         self.global_pool.train(self.training)
         self.fc.train(self.training)
 
@@ -326,11 +328,10 @@ def _register(name: str, description: str, **model_args) -> None:
         pretrained_cfg_overlay: dict | None = None,
         **kwargs,
     ) -> CifarResNet:
-        # On the Hub, timm would look for a pickle where it finds no safetensors file, unless it has a name to look for.
-        overlay = {"hf_hub_filename": WEIGHTS_FILE, **(pretrained_cfg_overlay or {})}
+        overlay = pretrained_cfg_overlay or {}
         if pretrained:
-            check_source(resolve_pretrained_cfg(name, pretrained_cfg, overlay))
-            overlay["url"] = ""  # timm would prefer a pickle of its old cache to what was checked
+            cfg = resolve_pretrained_cfg(name, pretrained_cfg, overlay)
+            overlay = overlay | resolve(cfg, kwargs.get("cache_dir"))
         return build_model_with_cfg(
             CifarResNet,
             name,

@@ -1,6 +1,7 @@
 """What the scripts share: whatever a user can put right is answered in one line, and output may fail."""
 
 import argparse
+import io
 import os
 import signal
 import sys
@@ -42,7 +43,8 @@ def one_line_errors(prog: str) -> Iterator[None]:
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as it is while a script imports
         signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     lost.clear()
     try:
         yield

@@ -11,7 +11,7 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
-from timm.models import save_for_hf
+from timm.models._hub import save_for_hf
 
 from . import __version__, data, figures
 from .errors import UserError
@@ -168,4 +168,5 @@ def _as_user_errors(repo_id: str) -> Iterator[None]:
 
 
 def _without_token(text: str) -> str:
-    return text.replace(get_token(), "***")
+    token = get_token()
+    return text.replace(token, "***") if token else text

@@ -46,7 +46,7 @@ def use_all_cores() -> None:
 
 def cores() -> int:
     """Those that this process may use, by its affinity and its container's quota."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = CPU_QUOTA.read_text(encoding="utf-8").split()
         return min(count, max(1, int(quota) // int(period)))

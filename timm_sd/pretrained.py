@@ -6,6 +6,7 @@ A packaged file is `weights/NAME.TAG.safetensors`, and `weights/SHA256SUMS` has 
 
 from pathlib import Path
 
+from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from timm.models import PretrainedCfg
@@ -37,26 +38,32 @@ def source(name: str) -> dict[str, str]:
     return dict(file=str(WEIGHTS / f"{name}.safetensors"), hf_hub_id=f"{HUB_NAMESPACE}/{name}")
 
 
-def check_source(cfg: PretrainedCfg) -> None:
-    """Raise a RuntimeError unless there is a safetensors file to load, whole and, if packaged, with its recorded hash.
+def resolve(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> dict[str, str]:
+    """timm's entries for the file that pretrained weights are loaded from; {} for a state dict, which needs none.
 
-    What is on the Hub is the client's to check.
+    The Hub's file is downloaded here, by the Hub's client: timm itself would load a pickle where it finds no safetensors
+    file, or in its old cache. Raises a RuntimeError unless the file is whole and, if packaged, has its recorded hash.
     """
     name = f"{cfg.architecture}.{cfg.tag}" if cfg.tag else cfg.architecture
     if cfg.source == "local-dir":
-        if not (Path(cfg.file) / WEIGHTS_FILE).is_file():
+        file = Path(cfg.file) / WEIGHTS_FILE
+        if not file.is_file():
             raise RuntimeError(f"{cfg.file} holds no {WEIGHTS_FILE}, and nothing else is loaded from a folder")
-        check_file(Path(cfg.file) / WEIGHTS_FILE)
     elif cfg.source != "hf-hub" and cfg.state_dict:
-        return
+        return {}
     elif cfg.source != "hf-hub" and cfg.file:
-        check_file(Path(cfg.file))
+        file = Path(cfg.file)
     elif cfg.hf_hub_id:
-        check_suffix(Path(cfg.hf_hub_filename))
+        repository, _, revision = cfg.hf_hub_id.partition("@")
+        filename = cfg.hf_hub_filename or WEIGHTS_FILE
+        check_suffix(Path(filename))
+        file = Path(hf_hub_download(repository, filename, revision=revision or None, cache_dir=cache_dir))
     elif cfg.url:
-        raise RuntimeError(f"{name}: {cfg.url} is not loaded, for a URL's weights are pickled: give a safetensors file")
+        raise RuntimeError(f"{name}: {cfg.url} is not loaded, since URLs give pickles: use a safetensors file")
     else:
         raise RuntimeError(f"{name} has no pretrained weights; these have: {', '.join(packaged()) or 'none'}")
+    check_file(file)
+    return dict(file=str(file), source="")
 
 
 def check_suffix(file: Path) -> None:

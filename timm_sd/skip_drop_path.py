@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
+from typing import TypeVar
 
 import torch
 from timm.layers import DropPath, LayerScale, LayerScale2d
@@ -24,6 +25,8 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .gate import MODES, Gate, check_choice
+
+Model = TypeVar("Model", bound=nn.Module)
 
 SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 PRODUCTS = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
@@ -73,9 +76,7 @@ class DropPathGate(Gate):
         return super().active and self.drop_path.training
 
 
-def skip_drop_path(
-    model: nn.Module, mode: str = "row", strict: bool = False, allow_batch_norm: bool = False
-) -> nn.Module:
+def skip_drop_path(model: Model, mode: str = "row", strict: bool = False, allow_batch_norm: bool = False) -> Model:
     """Change a model in place so that, in training, it does not compute what its DropPaths drop.
 
     Inference, parameters, state dict, probabilities and scaling stay as they are. Samples are dropped with the
@@ -235,7 +236,8 @@ class _Tracer(fx.Tracer):
         _reads.clear()  # what the tracer itself has read
         args, kwargs = self.call
         args = [self.root, *map(symbol, args)]
-        return partial(forward, **{name: symbol(value) for name, value in kwargs.items()}), args
+        keywords = {name: symbol(value) for name, value in kwargs.items()}
+        return lambda *args: forward(*args, **keywords), args
 
     def create_node(self, *args, **kwargs) -> fx.Node:
         if _modes() != self.modes:
@@ -665,16 +667,17 @@ class _Skipping:
     """Put before a block's class: its forward method with gates where one is active, its own otherwise."""
 
     def forward(self, *args, **kwargs) -> Tensor:
-        if any(gate.active for gate in self.drop_path_gates):
-            arguments = _arguments(args, kwargs)
-            for plan in self.drop_path_plans:
-                if plan.fits(self, arguments):
-                    break
-            else:
-                plan = self.add_plan(args, kwargs)
-            if plan.function is not None:
-                return plan.function(self, self, *(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)))
-        return super().forward(*args, **kwargs)
+        if not any([gate.active for gate in self.drop_path_gates]):
+            return super().forward(*args, **kwargs)
+        arguments = _arguments(args, kwargs)
+        for plan in self.drop_path_plans:
+            if plan.fits(self, arguments):
+                break
+        else:
+            plan = self.add_plan(args, kwargs)
+        if plan.function is None:
+            return super().forward(*args, **kwargs)
+        return plan.function(self, self, *(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)))
 
     @torch.compiler.disable
     def add_plan(self, args: Sequence, kwargs: dict) -> Plan:
