@@ -72,6 +72,40 @@ def test_ctrl_c_while_a_script_imports(tmp_path, name):
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
 
 
+def test_scripts_name_what_is_not_installed(tmp_path):
+    program = """
+import importlib.util, runpy, sys
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name: None if name in ("accelerate", "jinja2") else find(name)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+    script = SCRIPTS / "train.py"
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            f"import sys; sys.argv[:] = [{str(script)!r}]; sys.path[0] = {str(SCRIPTS)!r}" + program,
+        ],
+        capture_output=True,
+        text=True,
+    )
+    message = "train.py: accelerate, jinja2 not installed: pip install 'timm-sd[train]'\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", message)
+
+
+def test_the_package_needs_nothing_that_training_does():
+    program = """
+import sys
+for name in ("accelerate", "jinja2", "matplotlib"):
+    sys.modules[name] = None
+import timm, timm_sd
+assert timm.create_model("cifar_resnet110_sd", pretrained=True)
+model = timm.create_model("test_vit", drop_path_rate=0.1)
+assert len(timm_sd.gates(timm_sd.skip_drop_path(model))) > 0
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
 def test_ctrl_c_later(capsys):
     with pytest.raises(SystemExit, match=r"train\.py: interrupted"), one_line_errors("train.py"):
         signal.raise_signal(signal.SIGINT)

@@ -5,7 +5,7 @@ from .gate import Gate, draw_gates, gates, use_gates
 from .skip_drop_path import skip_drop_path
 from .stochastic_depth import StochasticDepth, survival_probabilities
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "CifarResNet",

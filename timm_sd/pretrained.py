@@ -41,8 +41,8 @@ def source(name: str) -> dict[str, str]:
 def resolve(cfg: PretrainedCfg, cache_dir: str | Path | None = None) -> dict[str, str]:
     """timm's entries for the file that pretrained weights are loaded from; {} for a state dict, which needs none.
 
-    The Hub's file is downloaded here, by the Hub's client: timm itself would load a pickle where it finds no safetensors
-    file, or in its old cache. Raises a RuntimeError unless the file is whole and, if packaged, has its recorded hash.
+    The Hub's file is downloaded here, by its client: timm itself would load a pickle where it finds nothing else, or in
+    its old cache. Raises a RuntimeError unless the file is whole and, if it is packaged, has its recorded hash.
     """
     name = f"{cfg.architecture}.{cfg.tag}" if cfg.tag else cfg.architecture
     if cfg.source == "local-dir":

@@ -264,7 +264,7 @@ class RunFolder:
         try:
             yield
         except (OSError, RuntimeError, SafetensorError) as error:
-            if isinstance(error, torch.AcceleratorError | torch.OutOfMemoryError):
+            if isinstance(error, (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", ()))):  # since torch 2.8
                 raise
             if isinstance(error, OSError):
                 reason = error.strerror
