@@ -20,7 +20,7 @@ def protocol_by_hand(options, learning, test, processes=1, rates=None):
     torch.manual_seed(options.seed)
     network = timm.create_model(options.model).to(memory_format=torch.channels_last)
     blocks = [block for stage in network.stages for block in stage]
-    standardise = data.Standardise.of(network, torch.device("cpu"))
+    standardize = data.Standardize.of(network, torch.device("cpu"))
     velocity = {name: torch.zeros_like(parameter) for name, parameter in network.named_parameters()}
 
     def logits_of(images, gates):
@@ -33,7 +33,7 @@ def protocol_by_hand(options, learning, test, processes=1, rates=None):
     for epoch in (1, 2):
         losses, wrong, opened, conv1, steps = 0.0, 0, 0, 0.0, 0
         network.train()
-        for images, labels in data.training_batches(train_set, options.batch_size, standardise, options.seed, epoch):
+        for images, labels in data.training_batches(train_set, options.batch_size, standardize, options.seed, epoch):
             gates = np.random.default_rng([options.seed, step]).random(9) < np.array([1 - b / 18 for b in range(1, 10)])
             lr = rates[step] if rates else {1: 0.01, 2: 0.001}[epoch]
             step += 1
@@ -62,7 +62,7 @@ def protocol_by_hand(options, learning, test, processes=1, rates=None):
         network.eval()
         with torch.inference_mode():
             errors = [
-                100 * (network(standardise(part.images)).argmax(1) != part.labels).double().mean().item()
+                100 * (network(standardize(part.images)).argmax(1) != part.labels).double().mean().item()
                 for part in (validation_set, test)
             ]
         history.append(

@@ -162,7 +162,7 @@ def test_other_image_sizes(size):
         ("drop_path_mode", "pixel", r"drop_path_mode='pixel', but it must be one of 'batch', 'row', 'count'"),
         ("drop_rate", 1.5, r"drop_rate=1\.5, but it must lie in \[0, 1\]"),
         ("global_pool", "median", r"global_pool='median', but it must be one of 'avg', 'max'"),
-        ("global_pool", "", r"global_pool='' goes with num_classes=0 only"),
+        ("global_pool", "", r"global_pool='' requires num_classes=0, but num_classes=10"),
         ("num_classes", -1, r"num_classes=-1, but it must be at least 0"),
         ("in_chans", 0, r"in_chans=0, but it must be at least 1"),
     ],
@@ -295,7 +295,7 @@ def test_torchscript_does_not_train_with_stochastic_depth():
     network = create().eval()
     scripted = torch.jit.script(network)
     torch.testing.assert_close(scripted(images()), network(images()))
-    message = r"RuntimeError: TorchScript does not train with stochastic depth: call eval\(\), or use torch.compile"
+    message = r"RuntimeError: TorchScript cannot train with stochastic depth: call eval\(\), or use torch.compile"
     for training in (scripted.train(), torch.jit.script(create().train())):
         with pytest.raises(torch.jit.Error, match=message):
             training(images())

@@ -39,12 +39,12 @@ def test_what_is_typed_is_said_in_one_line(command):
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("", "an empty path"),
-        ("a\nb", "characters that cannot be printed"),
-        ("a\x1b[2J", "characters that cannot be printed"),
-        ("a\udcff", "characters that cannot be printed"),  # bytes that are not UTF-8
+        ("", "the path is empty"),
+        ("a\nb", "the path has unprintable characters"),
+        ("a\x1b[2J", "the path has unprintable characters"),
+        ("a\udcff", "the path has unprintable characters"),  # bytes that are not UTF-8
         ("~nobody-of-that-name/run", "nobody-of-that-name"),
-        ("/", "it must be a folder of the run's own"),
+        ("/", "a run needs a folder of its own"),
     ],
 )
 def test_paths_that_cannot_be(command, path, message):
@@ -117,7 +117,7 @@ def test_a_run_outlives_its_output(command, few_images, tmp_path):
         status, _, err = command("train", *program)
     assert (status, err) == (
         1,
-        "train.py: standard output could not be written (No space left on device); all else is done\n",
+        "train.py: cannot write to standard output (No space left on device); everything else is done\n",
     )
     assert (tmp_path / "run" / "summary.json").exists()
 

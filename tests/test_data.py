@@ -1,4 +1,4 @@
-"""Split, standardisation and augmentation against torchvision's and per-image loops."""
+"""Split, standardization and augmentation against torchvision's and per-image loops."""
 
 import numpy as np
 import pytest
@@ -16,16 +16,16 @@ def make_set(num_images=50):
     return data.ImageSet(images, torch.arange(num_images))
 
 
-def make_standardise():
-    return data.Standardise.of(timm.create_model("cifar_resnet20.cifar10"), torch.device("cpu"))
+def make_standardize():
+    return data.Standardize.of(timm.create_model("cifar_resnet20.cifar10"), torch.device("cpu"))
 
 
-def test_standardise_is_what_timms_transform_does():
+def test_standardize_is_what_timms_transform_does():
     images = make_set(5).images
     network = timm.create_model("cifar_resnet20.cifar10")
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(network))
     expected = torch.stack([transform(to_pil_image(image)) for image in images])
-    torch.testing.assert_close(make_standardise()(images), expected)
+    torch.testing.assert_close(make_standardize()(images), expected)
     by_hand = (images[0, 1, 2, 3] / 255 - 0.4822) / 0.2435
     torch.testing.assert_close(expected[0, 1, 2, 3], by_hand)
 
@@ -47,7 +47,7 @@ def test_shift_and_flip_image_by_image():
 
 
 def epoch_of(images, seed=0, epoch=1, batch_size=16):
-    return list(data.training_batches(images, batch_size, make_standardise(), seed, epoch))
+    return list(data.training_batches(images, batch_size, make_standardize(), seed, epoch))
 
 
 def test_an_epoch_holds_every_image_once_and_a_partial_last_batch():
@@ -61,7 +61,7 @@ def test_an_epoch_holds_every_image_once_and_a_partial_last_batch():
 
 def test_each_training_image_is_a_shift_of_its_own():
     images = make_set()
-    standardised = torch.nn.functional.pad(make_standardise()(images.images), (4, 4, 4, 4))
+    standardized = torch.nn.functional.pad(make_standardize()(images.images), (4, 4, 4, 4))
     seen = set()
     for batch, labels in epoch_of(images):
         for image, label in zip(batch, labels, strict=True):
@@ -71,7 +71,7 @@ def test_each_training_image_is_a_shift_of_its_own():
                 for right in range(9)
                 for flip in (False, True)
                 if torch.equal(
-                    image.flip(2) if flip else image, standardised[label, :, down : down + 32, right : right + 32]
+                    image.flip(2) if flip else image, standardized[label, :, down : down + 32, right : right + 32]
                 )
             ]
             assert len(found) == 1
@@ -95,10 +95,10 @@ def test_batches_are_a_function_of_seed_and_epoch():
 
 def test_evaluation_batches_are_the_images_in_order():
     images = make_set()
-    batches = list(data.evaluation_batches(images, 20, make_standardise()))
+    batches = list(data.evaluation_batches(images, 20, make_standardize()))
     assert [len(labels) for _, labels in batches] == [20, 20, 10]
     assert torch.equal(torch.cat([labels for _, labels in batches]), images.labels)
-    torch.testing.assert_close(torch.cat([batch for batch, _ in batches]), make_standardise()(images.images))
+    torch.testing.assert_close(torch.cat([batch for batch, _ in batches]), make_standardize()(images.images))
 
 
 def test_split_is_a_random_partition():
@@ -175,7 +175,7 @@ def test_corrupt_data(tmp_path):
 def test_processes_divide_each_batch(num_processes):
     whole = epoch_of(make_set())
     parts = [
-        list(data.training_batches(make_set(), 16, make_standardise(), 0, 1, 0, process, num_processes))
+        list(data.training_batches(make_set(), 16, make_standardize(), 0, 1, 0, process, num_processes))
         for process in range(num_processes)
     ]
     for step, (images, labels) in enumerate(whole):
@@ -187,9 +187,9 @@ def test_processes_divide_each_batch(num_processes):
 
 def test_an_epoch_goes_on_from_a_step():
     whole = epoch_of(make_set())
-    rest = list(data.training_batches(make_set(), 16, make_standardise(), 0, 1, first_step=2))
+    rest = list(data.training_batches(make_set(), 16, make_standardize(), 0, 1, first_step=2))
     assert len(rest) == 2
     for (images, labels), (expected_images, expected_labels) in zip(rest, whole[2:], strict=True):
         assert torch.equal(images, expected_images)
         assert torch.equal(labels, expected_labels)
-    assert not list(data.training_batches(make_set(), 16, make_standardise(), 0, 1, first_step=4))
+    assert not list(data.training_batches(make_set(), 16, make_standardize(), 0, 1, first_step=4))

@@ -180,9 +180,9 @@ class Processes:
 @pytest.mark.parametrize(
     ("processes", "kwargs", "message"),
     [
-        (3, dict(batch_size=128), "--batch-size 128: .* all 3 processes together.* divide"),
-        (2, dict(sync_bn=True), "--sync-bn: PyTorch has it for GPUs only"),
-        (2, dict(cuda_graphs=True), "--cuda-graphs: it works in one process only"),
+        (3, dict(batch_size=128), "--batch-size 128: .* all 3 processes together.* divisible"),
+        (2, dict(sync_bn=True), "--sync-bn: PyTorch supports it on GPUs only"),
+        (2, dict(cuda_graphs=True), "--cuda-graphs: it works only in one process"),
     ],
 )
 def test_what_cannot_be_divided_is_refused(monkeypatch, processes, kwargs, message):
@@ -193,5 +193,5 @@ def test_what_cannot_be_divided_is_refused(monkeypatch, processes, kwargs, messa
 
 def test_other_ways_to_divide_are_refused(monkeypatch):
     monkeypatch.setattr(machine, "Accelerator", lambda **_: Processes(2, DistributedType.FSDP))
-    with pytest.raises(UserError, match="FSDP: a run is divided by --multi_gpu alone"):
+    with pytest.raises(UserError, match="FSDP is not supported: launch with --multi_gpu"):
         training.train(Options("cifar_resnet20_sd", "synthetic"))

@@ -24,10 +24,10 @@ def test_evaluate_counts_by_hand(network, monkeypatch):
     monkeypatch.setattr(evaluation, "BATCH_SIZE", 16)
     images, _ = data.load("synthetic", None)
     images = images[:53]
-    standardise = data.Standardise.of(network, torch.device("cpu"))
+    standardize = data.Standardize.of(network, torch.device("cpu"))
     with torch.inference_mode():
-        logits = torch.cat([network(standardise(image[None])) for image in images.images])
-    result = evaluate(Accelerator(), network.train(), images, standardise)
+        logits = torch.cat([network(standardize(image[None])) for image in images.images])
+    result = evaluate(Accelerator(), network.train(), images, standardize)
     assert result.loss == pytest.approx(F.cross_entropy(logits, images.labels).item(), rel=1e-5)
     wrong = [label for label, row in zip(images.labels.tolist(), logits, strict=True) if row.argmax() != label]
     assert result.error == pytest.approx(100 * len(wrong) / 53)
@@ -74,7 +74,7 @@ def test_left_out_blocks(command, run, network):
     _, out, _ = command("validate", "--run", run, "--drop-blocks", "3,4")
     network.load_state_dict(load_file(run / "model.safetensors"))
     _, test_set = data.load("synthetic", None)
-    x = data.Standardise.of(network, torch.device("cpu"))(test_set.images)
+    x = data.Standardize.of(network, torch.device("cpu"))(test_set.images)
     with torch.inference_mode():
         x = network.act1(network.bn1(network.conv1(x)))
         for number, block in enumerate((block for stage in network.stages for block in stage), start=1):
@@ -91,29 +91,29 @@ def test_left_out_blocks(command, run, network):
     ("arguments", "message"),
     [
         ([], "one of the arguments --pretrained --checkpoint --run is required"),
-        (["--pretrained"], "give --model with --pretrained or --checkpoint, and not with --run"),
+        (["--pretrained"], "--model is required with --pretrained or --checkpoint, and not allowed with --run"),
         (["--pretrained", "--model", "resnet11"], "--model resnet11: it must be one of cifar_resnet20, "),
         (
             ["--run", "{run}", "--model", "cifar_resnet20"],
-            "give --model with --pretrained or --checkpoint, and not with",
+            "--model is required with --pretrained or --checkpoint, and not allowed with",
         ),
         (["--pretrained", "--model", "cifar_resnet1202"], "cifar_resnet1202.cifar10 has no pretrained weights"),
-        (["--run", "nowhere"], "nowhere holds no run: its config.json is missing, damaged"),
+        (["--run", "nowhere"], "nowhere has no run: its config.json is missing, damaged"),
         (["--run", "{run}", "--split", "all"], "invalid choice: 'all'"),
         (["--run", "{run}", "--dataset", "mnist"], "argument --dataset: invalid choice: 'mnist'"),
-        (["--run", "{run}", "--drop-blocks", "0"], "--drop-blocks 0: there is no such block, they count from 1 to 9"),
+        (["--run", "{run}", "--drop-blocks", "0"], "--drop-blocks 0: no such block, they are numbered from 1 to 9"),
         (
             ["--run", "{run}", "--drop-blocks", "3,10"],
-            "--drop-blocks 10: there is no such block, they count from 1 to 9",
+            "--drop-blocks 10: no such block, they are numbered from 1 to 9",
         ),
         (["--run", "{run}", "--drop-blocks", "x"], "--drop-blocks: invalid numbers value: 'x'"),
         (
             ["--model", "cifar_resnet20", "--checkpoint", "nothing"],
-            "nothing is missing: give a run or a file that has weights",
+            "nothing is missing: pass a run or a file with weights",
         ),
         (
             ["--model", "cifar_resnet20", "--checkpoint", "{run}/config.json"],
-            "config.json is no whole safetensors file",
+            "config.json is not a valid safetensors file",
         ),
         (
             ["--model", "cifar_resnet32", "--checkpoint", "{run}/model.safetensors"],
@@ -135,4 +135,4 @@ def test_a_truncated_file_is_refused(command, run):
     file.write_bytes(file.read_bytes()[:-1])
     status, _, err = command("validate", "--run", run)
     assert status == 1
-    assert f"validate.py: {file} is no whole safetensors file" in err
+    assert f"validate.py: {file} is not a valid safetensors file" in err

@@ -25,7 +25,7 @@ STEPS = 9  # of 4,500 images in batches of 500
 
 @pytest.fixture
 def made_up(tmp_path, monkeypatch):
-    """Write the folder of a run of 20 layers on the drawn shapes, whose figures are lines in the epoch and the seed."""
+    """Write the folder of a run of 20 layers on the synthetic shapes, with metrics linear in epoch and seed."""
     monkeypatch.chdir(tmp_path)
 
     def write(name, model="cifar_resnet20_sd", seed=0, test_error=20.0, images_per_second=100.0, **changes):
@@ -152,7 +152,7 @@ def test_figure_2(pair):
         drawn = [np.random.default_rng([seed, step]).random(9) < 1 - blocks / 18 for step in range(EPOCHS * STEPS)]
         assert np.allclose(share, np.mean(drawn, axis=0))
     measured = np.mean([share.sum() for share in shares])
-    assert axes.get_legend().get_title().get_text() == f"active of 9 blocks: 6.50 expected, {measured:.2f} measured"
+    assert axes.get_legend().get_title().get_text() == f"active blocks out of 9: 6.50 expected, {measured:.2f} measured"
 
 
 def test_figure_7(pair):
@@ -232,19 +232,19 @@ def test_the_page(command, pair):
         "| `cifar_resnet20`, synthetic | 1 | 0 | 8 | **12.00%** (epoch 7) | 17.00% |  | 0:08:00 | a processor" in text
     )
     assert "| `cifar_resnet20_sd`, synthetic | 0.5 | 2 | 8 | **14.00%** (epoch 7) | 19.00% |" in text
-    assert "These runs are of 8 epochs where the paper's are of 500." in text
-    assert text.count("Too short to say") == 2
-    assert "They are 1 of constant and 2 of stochastic depth; figures are means." in text
-    assert "Here 12.00% to 12.00%: equal." in text
-    assert "Here 45 s to 60 s an epoch, evaluation aside (medians): a ratio of 0.750" in text
-    assert "larger with stochastic depth in 8 of 8 epochs: 0.02 to 0.01 in the first, 0.0025 to 0.00125" in text
+    assert "These runs have 8 epochs; the paper's have 500." in text
+    assert text.count("too short to tell") == 2
+    assert "Runs of constant depth: 1; of stochastic depth: 2. All numbers are means over runs." in text
+    assert "Here: 12.00% vs. 12.00% (equal)." in text
+    assert "Here: 45 s vs. 60 s per epoch without evaluation (medians), a ratio of 0.750" in text
+    assert "larger with stochastic depth in 8 of 8 epochs: 0.02 vs. 0.01 in the first, 0.0025 vs. 0.00125" in text
 
 
 def test_one_kind_alone(command, made_up):
     made_up("constant", "cifar_resnet20")
     status, out, _ = command("figures", "--runs", "constant", "--out", "out")
     assert status == 0
-    assert "no figure of time: that takes runs of constant depth and stochastic depth on one machine" in out
+    assert "no figure of times: it needs runs of constant depth and stochastic depth on the same machine" in out
     assert {path.stem for path in Path("out").iterdir()} == {"figure3", "figure7", "results"}
 
 
@@ -252,7 +252,7 @@ def test_times_of_two_machines_are_not_compared(command, made_up):
     made_up("constant", "cifar_resnet20")
     made_up("stochastic", environment={"processor": "another"})
     _, out, _ = command("figures", "--runs", "constant", "stochastic", "--out", "out")
-    assert "no figure of time" in out
+    assert "no figure of times" in out
     assert not Path("out/time.png").exists()
     assert "times cannot be compared" in Path("out/results.md").read_text()
 
@@ -260,19 +260,19 @@ def test_times_of_two_machines_are_not_compared(command, made_up):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(epochs=EPOCHS + 1), r"b holds an unfinished run, 8 of 9 epochs: train.py --resume ends it"),
-        (dict(batch_size=250), r"a and b are not to be mixed, they differ in batch_size \(500, 250\): draw them apart"),
-        (dict(drop_path=0.2, seed=1), r"a and b are not to be mixed, they differ in p_1 \(0.9\d*, 0.9\d*\): .*"),
-        (dict(model="cifar_resnet32_sd", seed=1), r"a and b are not to be mixed, they differ in depth \(20, 32\): .*"),
+        (dict(epochs=EPOCHS + 1), r"b is unfinished \(8 of 9 epochs\): train.py --resume finishes it"),
+        (dict(batch_size=250), r"a and b cannot be compared, they differ in batch_size \(500, 250\): plot .*"),
+        (dict(drop_path=0.2, seed=1), r"a and b cannot be compared, they differ in p_1 \(0.9\d*, 0.9\d*\): .*"),
+        (dict(model="cifar_resnet32_sd", seed=1), r"a and b cannot be compared, they differ in depth \(20, 32\): .*"),
         (
             dict(model="cifar_resnet32"),
-            r"a and b are not to be mixed, they differ in depth \(20, 32\): draw them apart",
+            r"a and b cannot be compared, they differ in depth \(20, 32\): plot them separately",
         ),
         (
             dict(mixed_precision="bf16", seed=1),
-            r"a and b are not to be mixed, they differ in mixed_precision \(no, bf16\): .*",
+            r"a and b cannot be compared, they differ in mixed_precision \(no, bf16\): .*",
         ),
-        (dict(), r"a and b are the same run, of seed 0"),
+        (dict(), r"a and b are the same run, with seed 0"),
     ],
 )
 def test_what_does_not_belong_together_is_named(command, made_up, changes, message):
@@ -294,7 +294,7 @@ def test_a_log_of_another_run_is_noticed(command, made_up):
     status, _, err = command("figures", "--runs", "b", "--out", "out")
     assert (status, err) == (
         1,
-        "figures.py: b: metrics.jsonl is another run's, its active blocks are not those of the seed\n",
+        "figures.py: b: metrics.jsonl is from another run, its active blocks do not match the seed\n",
     )
 
 
@@ -302,7 +302,7 @@ def test_a_folder_without_a_run(command, tmp_path):
     status, _, err = command("figures", "--runs", tmp_path, "--out", tmp_path / "out")
     assert (status, err) == (
         1,
-        f"figures.py: {tmp_path} holds no run: its config.json is missing, damaged or not a run's\n",
+        f"figures.py: {tmp_path} has no run: its config.json is missing, damaged or not from a run\n",
     )
 
 
@@ -311,7 +311,7 @@ def test_the_same_run_twice_in_a_sweep_is_noticed(command, made_up):
     made_up("a")
     made_up("b", drop_path=0.5)
     status, _, err = command("figures", "--runs", "a", "--sweep", "a", "b", "--out", "out")
-    assert (status, err) == (1, "figures.py: a and b are the same run, of seed 0\n")
+    assert (status, err) == (1, "figures.py: a and b are the same run, with seed 0\n")
 
 
 def test_out_is_a_file(command, made_up):
@@ -340,52 +340,55 @@ def change(file, key, value=None):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda: Path("a/config.json").write_text("[]"), "a holds no run: its config.json is missing, damaged or .*"),
-        (lambda: Path("a/config.json").write_text("{}"), "a holds no run: its config.json is missing, damaged or .*"),
+        (lambda: Path("a/config.json").write_text("[]"), "a has no run: its config.json is missing, damaged or .*"),
+        (lambda: Path("a/config.json").write_text("{}"), "a has no run: its config.json is missing, damaged or .*"),
         (
             lambda: Path("a/config.json").write_text('{"options": {}, "environments": []}'),
-            "a holds no run: its config.json is missing, damaged or .*",
+            "a has no run: its config.json is missing, damaged or .*",
         ),
-        (lambda: change("config.json", "model"), "a/config.json has no option 'model': it is of another version or .*"),
+        (lambda: change("config.json", "model"), "a/config.json is from another version or damaged: no option 'model'"),
         (
             lambda: change("config.json", "epochs", "ten"),
-            "a/config.json is of another version or damaged: --epochs 'ten': it must be of type int",
+            "a/config.json is from another version or damaged: --epochs 'ten': it must be of type int",
         ),
         (
             lambda: change("config.json", "model", "resnet11"),
-            "a/config.json is of .*: --model resnet11: it must be one of .*",
+            "a/config.json is from .*: --model resnet11: it must be one of .*",
         ),
         (
             lambda: change("config.json", "processor"),
-            "a/config.json: processor is missing or cannot be None: it is of another version .*",
+            r"a/config.json is from another version or damaged: processor is missing or not valid \(None\)",
         ),
-        (lambda: change("config.json", "mixed_precision"), "a/config.json does not say mixed_precision: .*"),
-        (lambda: change("config.json", "mixed_precision", "fp8"), "a/config.json does not say mixed_precision: .*"),
+        (lambda: change("config.json", "mixed_precision"), "a/config.json is from .*: no valid mixed_precision"),
+        (lambda: change("config.json", "mixed_precision", "fp8"), "a/config.json is from .*: no valid mixed_precision"),
         (
             lambda: change("metrics.jsonl", "test_error"),
-            r"a/metrics.jsonl is damaged \(.*\): train.py --resume writes it again",
+            r"a/metrics.jsonl is damaged \(.*\): train.py --resume rewrites it",
         ),
         (
             lambda: change("metrics.jsonl", "lr", "high"),
-            r"a/metrics.jsonl is damaged \(.*\): train.py --resume writes it again",
+            r"a/metrics.jsonl is damaged \(.*\): train.py --resume rewrites it",
         ),
         (
             lambda: change("config.json", "processor", "a | b"),
-            r"a/config.json: processor is missing or cannot be 'a \| b': it is of another version .*",
+            r"a/config.json is from another version or damaged: processor is missing or not valid \('a \| b'\)",
         ),
         (
             lambda: change("config.json", "device", "{{ x }}"),
-            r"a/config.json: device is missing or cannot be '{{ x }}': it is of another version .*",
+            r"a/config.json is from another version or damaged: device is missing or not valid \('{{ x }}'\)",
         ),
-        (lambda: change("config.json", "threads", 0), "a/config.json: threads is missing or cannot be 0: .*"),
-        (lambda: change("config.json", "threads", True), "a/config.json: threads is missing or cannot be True: .*"),
+        (lambda: change("config.json", "threads", 0), r"a/config.json is from .*: threads is missing or .* \(0\)"),
+        (
+            lambda: change("config.json", "threads", True),
+            r"a/config.json is from .*: threads is .* \(True\)",
+        ),
         (
             lambda: change("config.json", "lr", float("nan")),
-            "a holds no run: its config.json is missing, damaged or .*",
+            "a has no run: its config.json is missing, damaged or .*",
         ),
-        (lambda: change("config.json", "batch_size", -1), "a/config.json is of .*: --batch-size -1: it must be .*"),
-        (lambda: change("config.json", "seed", True), "a/config.json is of .*: --seed True: it must be of type int"),
-        (lambda: Path("a/config.json").write_text("[" * 100_000), "a holds no run: its config.json is missing, .*"),
+        (lambda: change("config.json", "batch_size", -1), "a/config.json is from .*: --batch-size -1: it must be .*"),
+        (lambda: change("config.json", "seed", True), "a/config.json is from .*: --seed True: it must be of type int"),
+        (lambda: Path("a/config.json").write_text("[" * 100_000), "a has no run: its config.json is missing, .*"),
         *(
             (
                 lambda name=name, value=value: change("metrics.jsonl", name, value),
@@ -402,7 +405,7 @@ def change(file, key, value=None):
                 ("more", 1.0),
             )
         ),
-        (lambda: Path("a/metrics.jsonl").unlink(), "a holds an unfinished run, 0 of 8 epochs: .*"),
+        (lambda: Path("a/metrics.jsonl").unlink(), r"a is unfinished \(0 of 8 epochs\): .*"),
     ],
 )
 def test_a_damaged_run_is_named(command, made_up, damage, message):

@@ -155,7 +155,7 @@ def test_private_is_not_asked_in_vain(publish, hub):
     status, _, err = publish("--private")
     assert (status, err) == (
         1,
-        f"publish.py: {REPO} is there and public: make it private on the Hub, or leave out --private\n",
+        f"publish.py: {REPO} already exists and is public: make it private on the Hub, or omit --private\n",
     )
     assert hub.commits(REPO) == ["initial commit"]
 
@@ -203,7 +203,7 @@ def test_no_token(publish, hub, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     status, _, err = publish()
     assert status == 1
-    assert err == "publish.py: there is no token for the Hub: log in with `hf auth login`, or set HF_TOKEN\n"
+    assert err == "publish.py: no Hub token found: log in with `hf auth login`, or set HF_TOKEN\n"
     assert hub.requests == []
 
 
@@ -211,7 +211,7 @@ def test_a_token_that_is_none(publish, hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_no_such_token")
     status, _, err = publish()
     assert status == 1
-    assert err.startswith("publish.py: the Hub does not accept the token: log in again")
+    assert err.startswith("publish.py: the Hub rejected the token: log in again")
     assert err.count("\n") == 1
     assert not hub.folder(REPO).exists()
 
@@ -220,7 +220,7 @@ def test_the_namespace_of_another(publish, hub):
     status, _, err = publish(repo_id="bob/small-sd")
     assert (status, err) == (
         1,
-        "publish.py: the token may not write to bob/small-sd: choose another --repo-id, or a token that may\n",
+        "publish.py: the token has no write access to bob/small-sd: choose another --repo-id, or a token that has\n",
     )
     assert not hub.folder("bob/small-sd").exists()
     hub.create("bob/small-sd")
@@ -238,7 +238,9 @@ def test_an_error_in_mid_upload_and_a_retry(publish, hub, request_, tmp_path):
     hub.faults[request_] = 501  # one that the client does not try again by itself
     status, _, err = publish()
     assert status == 1
-    assert err.startswith(f"publish.py: uploading to {REPO} failed, the Hub answered 501 (something broke): publish")
+    assert err.startswith(
+        f"publish.py: uploading to {REPO} failed, the Hub responded with 501 (something broke): publish"
+    )
     assert err.count("\n") == 1
     assert hub.commits(REPO) == ["initial commit"]
     assert not (tmp_path / "model_cards").exists()
@@ -283,7 +285,7 @@ def test_weights_of_another_architecture(publish, hub, tmp_path):
     publish()
     for whose, network in (
         ("a cifar_resnet32", timm.create_model("cifar_resnet32_sd")),
-        ("no cifar_resnet (there is a 'bn1.bias')", timm.create_model("resnet10t")),
+        ("something other than a cifar_resnet ('bn1.bias')", timm.create_model("resnet10t")),
     ):
         file = tmp_path / "other.safetensors"
         save_file(network.state_dict(), file)
@@ -302,14 +304,14 @@ def test_weights_that_lack_one(publish, hub, tmp_path):
         del weights[key]
         save_file(weights, tmp_path / "other.safetensors")
         hub.commit(REPO, "main", {"model.safetensors": (tmp_path / "other.safetensors").read_bytes()}, "other weights")
-        with pytest.raises(RuntimeError, match=re.escape(f"another network, '{key}' is in one of them only")):
+        with pytest.raises(RuntimeError, match=re.escape(f"a different network ('{key}' is in only one of the two)")):
             load(f"hf-hub:{REPO}", tmp_path / "cache", num_classes=3)
 
 
 def test_a_truncated_file_of_a_folder(publish, run):
     publish()
     truncate(run / "hub")
-    with pytest.raises(RuntimeError, match=r"hub/model.safetensors is no whole safetensors file"):
+    with pytest.raises(RuntimeError, match=r"hub/model.safetensors is not a valid safetensors file"):
         timm.create_model(f"local-dir:{run / 'hub'}", pretrained=True)
 
 
@@ -390,6 +392,12 @@ def put_other_weights(run):
     save_file(timm.create_model("cifar_resnet32_sd").state_dict(), run / "model.safetensors")
 
 
+def improve_metrics(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines[1] |= dict(validation_error=0.5, test_error=0.5)
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
 def cut_metrics(run):
     lines = (run / "metrics.jsonl").read_text().splitlines()
     (run / "metrics.jsonl").write_text(lines[0] + "\n")
@@ -400,24 +408,25 @@ def cut_metrics(run):
     [
         (
             tamper,
-            r"run/model.safetensors is not what the run ended with, by its SHA-256: train.py --resume restores it",
+            r"run/model.safetensors has changed since the run finished \(.*\): train.py --resume restores it",
         ),
-        (truncate, r"run/model.safetensors is no whole safetensors file \(.*\)"),
+        (truncate, r"run/model.safetensors is not a valid safetensors file \(.*\)"),
         (
             put_other_weights,
             r"run/model.safetensors cannot be loaded as .*: the weights are those of a cifar_resnet32, .*",
         ),
-        (cut_metrics, r"run holds an unfinished run, 1 of 2 epochs: train.py --resume ends it"),
+        (cut_metrics, r"run is unfinished \(1 of 2 epochs\): train.py --resume finishes it"),
+        (improve_metrics, r"run/summary.json and .*run/metrics.jsonl disagree: train.py --resume restores them"),
         (lambda run: (run / "metrics.jsonl").write_text("{"), r"run/metrics.jsonl is damaged \(.*\): .*"),
-        (lambda run: (run / "summary.json").unlink(), r"run holds an unfinished run, without summary.json: .*"),
+        (lambda run: (run / "summary.json").unlink(), r"run is unfinished \(no summary.json\): .*"),
         (
             lambda run: (run / "model.safetensors").unlink(),
-            r"run/model.safetensors is missing: give a run or a file that has weights",
+            r"run/model.safetensors is missing: pass a run or a file with weights",
         ),
         (lambda run: (run / "summary.json").write_text("[]"), r"run/summary.json is damaged: train.py --resume .*"),
         (
             lambda run: (run / "config.json").unlink(),
-            r"run holds no run: its config.json is missing, damaged or not .*",
+            r"run has no run: its config.json is missing, damaged or not .*",
         ),
     ],
 )
@@ -444,7 +453,7 @@ def test_a_full_disk_leaves_what_was_there(publish, hub, run):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
     assert status == 1
-    assert re.fullmatch(rf"publish.py: cannot write to {run} \(.*\): make room, and publish again\n", err)
+    assert re.fullmatch(rf"publish.py: cannot write to {run} \(.*\): free up space and publish again\n", err)
     assert content_of(run / "hub") == before
     assert {path.name for path in run.iterdir() if path.name.startswith("hub")} == {"hub"}
 
@@ -462,7 +471,7 @@ def test_a_token_that_cannot_be_sent(publish, hub, monkeypatch, token):
     monkeypatch.setenv("HF_TOKEN", token)
     status, _, err = publish()
     assert status == 1
-    assert err.startswith("publish.py: the token for the Hub is none, for it has characters that no token has: log in")
+    assert err.startswith("publish.py: the Hub token is not valid (no token has such characters): log in")
     assert "cret" not in err
     assert hub.requests == []
 
@@ -476,7 +485,7 @@ def test_a_token_file_that_cannot_be_read(publish, hub, monkeypatch):
     finally:
         file.unlink()
     assert status == 1
-    assert err.startswith("publish.py: the token for the Hub cannot be read: log in")
+    assert err.startswith("publish.py: cannot read the Hub token: log in")
     assert hub.requests == []
 
 
@@ -484,7 +493,7 @@ def test_a_token_file_that_cannot_be_read(publish, hub, monkeypatch):
 def test_a_wrong_revision(publish, hub, run, revision):
     status, _, err = publish("--revision", revision)
     assert status == 1
-    assert err.startswith(f"publish.py: --revision {revision!r}: it must be the name of a branch")
+    assert err.startswith(f"publish.py: --revision {revision!r}: it must be a branch name")
     assert hub.requests == []
 
 
@@ -493,7 +502,7 @@ def test_private_and_revision_need_a_repository(command, run):
         status, _, err = command("publish", "--run", run, *arguments)
         assert (status, err) == (
             2,
-            "publish.py: --private and --revision go with --repo-id (--help lists the flags)\n",
+            "publish.py: --private and --revision require --repo-id (--help lists the flags)\n",
         )
 
 
@@ -522,24 +531,24 @@ def test_the_card_says_what_the_run_says(publish, hub, run, tmp_path):
     header = yaml.safe_load(hub.files(REPO)["README.md"].decode().split("---")[1])
     (entry,) = header["model-index"]
     (result,) = entry["results"]
-    assert result["dataset"] == {"name": "timm-sd's drawn shapes", "type": "synthetic", "split": "test"}
+    assert result["dataset"] == {"name": "timm-sd's synthetic shapes", "type": "synthetic", "split": "test"}
     assert {metric["type"] for metric in result["metrics"]} == {"error", "accuracy"}
     text = card.text
-    assert f"**{best['test_error']:.2f}% test error on timm-sd's drawn shapes**" in text
-    assert "one run of 2 epochs, seed 0." in text
+    assert f"**{best['test_error']:.2f}% test error on timm-sd's synthetic shapes**" in text
+    assert "one run of 2 epochs with seed 0." in text
     assert (
-        "It differs in: epochs 2 (the paper's: 500); batch size 64 (the paper's: 128); p_L 0.6 (the paper's: 0.5);"
-        " drawn shapes (the paper's: CIFAR). Its errors say what 2 epochs give, and nothing of what 500 do.\n" in text
+        "It differs in: epochs 2 (paper: 500); batch size 64 (paper: 128); p_L 0.6 (paper: 0.5);"
+        " synthetic shapes (paper: CIFAR). Its errors show what 2 epochs give, not what 500 would.\n" in text
     )
     assert f'timm.create_model("hf-hub:{REPO}", pretrained=True)' in text
-    assert "an entry of its own for each block, such as `stages.0.0.survival`." in text
+    assert "which each block stores in the state dict, as in `stages.0.0.survival`." in text
     assert '\nplain = timm.create_model("cifar_resnet20", num_classes=10)\nplain.load_state_dict(' in text
     assert (
         "accelerate launch train_scripts/train.py --model cifar_resnet20_sd --dataset synthetic --epochs 2"
         " --batch-size 64 --drop-path 0.4\n" in text
     )
     seconds = round(sum(line["seconds"] for line in history))
-    assert f"It took {time.strftime('%-H:%M:%S', time.gmtime(seconds))} in all" in text
+    assert f"It took {time.strftime('%-H:%M:%S', time.gmtime(seconds))} in total" in text
     (environment,) = json.loads((run / "config.json").read_text())["environments"]
     columns = ("device", "processor", "processes", "threads", "timm_sd", "python", "torch", "torchvision", "timm")
     assert " | ".join(str(environment[column]) for column in columns) in text
@@ -553,9 +562,14 @@ def test_the_card_of_the_papers_protocol(command, run, tmp_path):
     (run / "config.json").write_text(json.dumps(config))
     lines = [json.loads((run / "metrics.jsonl").read_text().splitlines()[0]) | {"epoch": e} for e in range(1, 501)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    digest = json.loads((run / "summary.json").read_text())["sha256"]
+    (run / "summary.json").write_text(json.dumps(Record.read(run).summary | {"sha256": digest}))
     assert command("publish", "--run", run)[0] == 0
     card = ModelCard.load(run / "hub" / "README.md")
-    assert "The run followed the paper's protocol, but for what timm-sd's README says of all runs." in card.text
+    assert (
+        "This run follows the paper's protocol, apart from the deviations that timm-sd's `docs/method.md` lists for all"
+        in card.text
+    )
     assert card.data.datasets == ["uoft-cs/cifar10"]
     assert "accelerate launch train_scripts/train.py --model cifar_resnet20_sd\n" in card.text
 

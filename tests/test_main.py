@@ -107,7 +107,7 @@ def test_batch_norm_in_a_branch_is_answered_in_one_line(run):
 
 def test_missing_script_is_answered_in_one_line(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["__main__.py", "missing.py", "--flag"])
-    with pytest.raises(SystemExit, match=r"^python -m timm_sd: there is no file missing\.py$"):
+    with pytest.raises(SystemExit, match=r"^python -m timm_sd: no such file: missing\.py$"):
         main()
 
 

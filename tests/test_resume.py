@@ -84,7 +84,7 @@ def test_a_signal_stops_with_a_checkpoint(whole, tmp_path, monkeypatch, number):
     for step, epoch, steps in ((2, 1, 2), (1, 1, 3), (1, 2, 1)):
         with monkeypatch.context() as patch:
             interrupt_after(patch, step, number)
-            message = f"stopped by {number.name} in epoch {epoch} after {steps} steps: .* --resume goes on from there"
+            message = f"stopped by {number.name} in epoch {epoch} after {steps} steps: .* --resume continues from there"
             with pytest.raises(UserError, match=message):
                 training.train(options_for(tmp_path, resume=resume))
         assert max((tmp_path / "checkpoints").iterdir()).name == f"epoch-{epoch:05d}-step-{steps:06d}"
@@ -179,9 +179,9 @@ def test_the_newest_checkpoints_are_kept(tmp_path):
 def test_a_checkpoint_of_another_configuration_is_refused(tmp_path):
     training.train(options_for(tmp_path, epochs=1))
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    with pytest.raises(UserError, match="holds a run of another configuration") as error:
+    with pytest.raises(UserError, match="has a run with different options") as error:
         training.train(options_for(tmp_path, resume=True, epochs=2, lr=0.2))
-    assert "epochs is 1 there and 2 here, lr is 0.1 there and 0.2 here" in str(error.value)
+    assert "epochs was 1 and is now 2, lr was 0.1 and is now 0.2" in str(error.value)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     # What leaves the weights alone may change.
     training.train(options_for(tmp_path, epochs=1, resume=True, keep_checkpoints=5, checkpoint_steps=1))
@@ -200,7 +200,7 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path, capsys):
 
 def test_resuming_nothing_begins(whole, tmp_path, capsys):
     training.train(options_for(tmp_path, resume=True))
-    assert capsys.readouterr().out.startswith(f"nothing to resume in {tmp_path}: the run begins\n")
+    assert capsys.readouterr().out.startswith(f"nothing to resume in {tmp_path}: starting a new run\n")
     assert end_of(tmp_path) == whole
 
 
@@ -210,7 +210,7 @@ def test_a_run_without_checkpoints_is_left_alone(tmp_path):
     shutil.rmtree(tmp_path / "checkpoints")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     for resume in (False, True):
-        with pytest.raises(UserError, match="already holds a run: choose another --output"):
+        with pytest.raises(UserError, match="already has a run: choose another --output"):
             training.train(options_for(tmp_path, epochs=1, resume=resume))
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
@@ -225,7 +225,7 @@ def test_another_environment_is_said_and_recorded(tmp_path, monkeypatch, capsys)
     threads = torch.get_num_threads()
     training.train(options_for(tmp_path, resume=True))
     torch.set_num_threads(threads)
-    assert f"(threads is {threads} there and 3 here): the last bits may be others too" in capsys.readouterr().out
+    assert f"(threads was {threads} and is now 3): results may differ in the last bits" in capsys.readouterr().out
     first, second = json.loads((tmp_path / "config.json").read_text())["environments"]
     assert (first["threads"], second["threads"]) == (threads, 3)
     assert second["since"] == "epoch-00001-step-000002"
@@ -255,7 +255,7 @@ def test_a_damaged_checkpoint_is_named(two_checkpoints, whole, tmp_path, name, d
     damaged = run / "checkpoints" / "epoch-00003-step-000000"
     damage(damaged / name)
     before = content_of(run)
-    way_out = "move it away, and --resume continues from epoch-00002-step-000000"
+    way_out = "move it away to resume from epoch-00002-step-000000"
     named = (
         ".*" if name == "SHA256SUMS" else f".*{name}.*"
     )  # those are right and the file is not, as far as one can tell
@@ -295,7 +295,7 @@ def test_best_weights_that_are_damaged_while_training(tmp_path, monkeypatch):
 def test_a_checkpoint_of_another_moment_or_run(two_checkpoints, tmp_path):
     renamed = shutil.copytree(two_checkpoints, tmp_path / "renamed")
     (renamed / "checkpoints" / "epoch-00002-step-000000").rename(renamed / "checkpoints" / "epoch-00009-step-000000")
-    with pytest.raises(UserError, match=r"epoch-00009-step-000000 is damaged \(progress\.json is that of epoch-00002"):
+    with pytest.raises(UserError, match=r"epoch-00009-step-000000 is damaged \(progress\.json is from epoch-00002"):
         training.train(options_for(renamed, resume=True))
 
     other = shutil.copytree(two_checkpoints, tmp_path / "other")
@@ -303,7 +303,7 @@ def test_a_checkpoint_of_another_moment_or_run(two_checkpoints, tmp_path):
     line = json.loads(lines[1]) | {"test_error": 1.0}
     (other / "metrics.jsonl").write_text(lines[0] + "\n" + json.dumps(line) + "\n")
     before = content_of(other)
-    with pytest.raises(UserError, match=r"epoch-00003-step-000000 and .*metrics\.jsonl are of different runs: move"):
+    with pytest.raises(UserError, match=r"epoch-00003-step-000000 and .*metrics\.jsonl are from different runs: move"):
         training.train(options_for(other, resume=True))
     assert content_of(other) == before
 
@@ -406,7 +406,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(whole, tmp_path, monkeypatch, siz
 
     monkeypatch.setattr(training.Run, "checkpoint", full)
     try:
-        with pytest.raises(UserError, match=f"cannot write to {tmp_path} .*: make room or choose") as error:
+        with pytest.raises(UserError, match=f"cannot write to {tmp_path} .*: free up space or choose") as error:
             training.train(options_for(tmp_path, checkpoint_steps=2))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

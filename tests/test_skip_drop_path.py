@@ -116,7 +116,7 @@ def randomised(block):
 LEFT = {
     "coat.ParallelBlock": "its branch is used elsewhere",
     "edgenext.SplitTransposeBlock": "within the branch of another DropPath",
-    "efficientvim.EfficientViMBlock": "what its branch returns beside it is used elsewhere",
+    "efficientvim.EfficientViMBlock": "its branch also returns something that is used elsewhere",
     "mvitv2.MultiScaleBlock": "its branch is used elsewhere",
     "nextvit.NextTransformerBlock": "does not go straight into a sum",
     "rdnet.DenseBlock": "cannot be traced",

@@ -635,3 +635,15 @@ def train_under_ddp(rank, init_file, mode):
 @pytest.mark.parametrize("mode", MODES)
 def test_ddp_needs_no_unused_parameters(tmp_path, mode):
     torch.multiprocessing.spawn(train_under_ddp, (tmp_path / "init", mode), nprocs=2)
+
+
+@pytest.mark.parametrize("survival", [[0.5, float("nan")], [1.5], [-0.1], [float("inf")], [[0.5], [0.5]], 0.5])
+def test_probabilities_that_cannot_be_drawn_from(survival):
+    with pytest.raises(ValueError, match="must be a list of probabilities"):
+        draw_gates(survival, 0, 0)
+
+
+def test_gates_that_are_not_a_tensor():
+    network = timm.create_model("cifar_resnet20_sd")
+    with pytest.raises(ValueError, match="gates of type list"), use_gates(network, [True] * 9):
+        pass

@@ -3,7 +3,9 @@
 import hashlib
 import json
 from dataclasses import fields, replace
+from pathlib import Path
 
+import numpy
 import pytest
 import timm
 import torch
@@ -148,7 +150,7 @@ def test_bf16(few_images, tmp_path, monkeypatch):
 def test_graphs_and_compilation_exclude_each_other(few_images, tmp_path, monkeypatch):
     AcceleratorState._reset_state(True)
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
-    with pytest.raises(UserError, match="--cuda-graphs: it works in one process only, and not with --dynamo_backend"):
+    with pytest.raises(UserError, match="--cuda-graphs: it works only in one process and without --dynamo_backend"):
         training.train(Options("cifar_resnet20_sd", "synthetic", cuda_graphs=True, output=tmp_path / "run"))
     AcceleratorState._reset_state(True)
 
@@ -176,7 +178,7 @@ def test_command(command, few_images, tmp_path):
     status, _, err = command("train", *arguments)
     assert status == 1
     run = tmp_path / "run"
-    assert err == f"train.py: {run} already holds a run: --resume continues it, or choose another --output\n"
+    assert err == f"train.py: {run} already has a run: continue it with --resume, or choose another --output\n"
     assert content_of(run) == before
 
 
@@ -197,8 +199,8 @@ def test_command(command, few_images, tmp_path):
         (["--seed", "-1"], "--seed -1: it must be in [0, 2^32)"),
         (["--checkpoint-steps", "0"], "--checkpoint-steps 0: it must be at least 1"),
         (["--keep-checkpoints", "0"], "--keep-checkpoints 0: it must be at least 1"),
-        (["--log-with", "paper"], "--log-with paper: not a tracker that is installed here; installed: "),
-        (["--cuda-graphs", "--grad-checkpointing"], "leave out --grad-checkpointing"),
+        (["--log-with", "paper"], "--log-with paper: this tracker is not installed; installed: "),
+        (["--cuda-graphs", "--grad-checkpointing"], "omit --grad-checkpointing"),
         (["--data-dir", "/nowhere"], "cifar10 is missing or corrupt in '/nowhere': "),
         (["--dataset", "synthetic", "--output", "/dev/null"], "/dev/null"),
         (["--dataset", "synthetic", "--output", "/dev/null/run"], "/dev/null/run"),
@@ -261,6 +263,7 @@ def test_the_run_explains_itself(few_images, tmp_path):
     assert environment["processor"]
     assert environment["torch"] == torch.__version__
     assert environment["timm"] == timm.__version__
+    assert environment["numpy"] == numpy.__version__
 
 
 def test_trackers(few_images, tmp_path):
@@ -288,3 +291,15 @@ def test_gradient_checkpointing_changes_the_running_statistics_alone(few_images,
     assert not torch.equal(
         states[0]["stages.0.0.branch.bn1.running_var"], states[1]["stages.0.0.branch.bn1.running_var"]
     )
+
+
+def test_a_folder_is_named_after_what_differs_from_the_defaults():
+    names = [
+        Options(**kwargs).output_dir.relative_to(Path.cwd())
+        for kwargs in (dict(), dict(lr=0.2, sync_bn=True, seed=3), dict(epochs=12, drop_path=0.1, resume=True))
+    ]
+    assert [str(name) for name in names] == [
+        "output/cifar_resnet110_sd-cifar10-seed0",
+        "output/cifar_resnet110_sd-cifar10-seed3-lr0.2-sync-bnTrue",
+        "output/cifar_resnet110_sd-cifar10-seed0-epochs12-drop-path0.1",
+    ]

@@ -1,6 +1,6 @@
 """Run a script with this package's networks registered: `python -m timm_sd [--skip-drop-path MODE] SCRIPT [ARGS ...]`.
 
-With --skip-drop-path, the models that the script makes with timm.create_model do not compute in training what their
+With --skip-drop-path, models that the script creates with timm.create_model do not compute, in training, what their
 DropPaths drop.
 """
 
@@ -26,7 +26,7 @@ def parse_args() -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.prog = PROG
     parser.add_argument(
-        "--skip-drop-path", choices=MODES, help="pass every model through timm_sd.skip_drop_path in this mode"
+        "--skip-drop-path", choices=MODES, help="convert every model with timm_sd.skip_drop_path, in this mode"
     )
     parser.add_argument("script", metavar="SCRIPT", help="a Python file, such as timm's train.py")
     parser.add_argument("args", metavar="ARGS", nargs=argparse.REMAINDER, help="the script's own arguments")
@@ -34,7 +34,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def skip_in_every_model(mode: str) -> None:
-    """Have `timm.create_model`, under each of its names, pass the models that it makes through `skip_drop_path`."""
+    """Patch `timm.create_model`, under each of its names, to convert the models it creates with `skip_drop_path`."""
     make = timm.create_model
 
     @functools.wraps(make)
@@ -51,7 +51,7 @@ def skip_in_every_model(mode: str) -> None:
 
 
 def run(script: str, args: list[str]) -> None:
-    """As `python SCRIPT ARGS ...` would."""
+    """Run a script as `python SCRIPT ARGS ...` would."""
     sys.argv = [script, *args]
     if not getattr(sys.flags, "safe_path", False):  # `python -P`, since Python 3.11
         sys.path[0] = os.path.dirname(os.path.realpath(script))
@@ -62,7 +62,7 @@ def main() -> None:
     args = parse_args()
     with one_line_errors(PROG):
         if not os.path.isfile(args.script):
-            raise UserError(f"there is no file {args.script}")
+            raise UserError(f"no such file: {args.script}")
     if args.skip_drop_path:
         skip_in_every_model(args.skip_drop_path)
     run(args.script, args.args)

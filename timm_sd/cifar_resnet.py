@@ -1,4 +1,4 @@
-"""The ResNets for 32x32 images of He et al. (arXiv:1512.03385, section 4.2), plain and with stochastic depth, for timm.
+"""The CIFAR ResNets of He et al. (arXiv:1512.03385, section 4.2) for timm, plain and with stochastic depth.
 
 A network of depth 6n + 2 is a 3x3 convolution to 16 channels, three groups of n residual blocks with 16, 32 and 64
 channels at 32x32, 16x16 and 8x8 pixels, global average pooling and a linear classifier. Shortcuts have no parameters
@@ -32,7 +32,7 @@ __all__ = ["CifarResNet"]
 CHANNELS = (16, 32, 64)
 POOLINGS = ("avg", "max", "avgmax", "catavgmax", "")
 
-# Whether a block is computed is a decision of the moment, which FX cannot trace.
+# Whether a block is computed is decided at run time, which FX cannot trace.
 register_notrace_module(StochasticDepth)
 
 
@@ -42,7 +42,7 @@ class PaddedPool(nn.Module):
     def __init__(self, stride: int, new_channels: int) -> None:
         super().__init__()
         self.new_channels = new_channels
-        # ceil_mode: an odd size is halved upwards, as by the branch's convolution.
+        # ceil_mode: odd sizes are rounded up, as in the branch's convolution.
         self.pool = nn.AvgPool2d(stride, ceil_mode=True)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -87,19 +87,19 @@ class CifarResNet(nn.Module):
         """
         Args:
             depth: Number of layers with weights, 6n + 2.
-            num_classes: Classes of the classifier, 0 for none.
-            in_chans: Channels of the input.
+            num_classes: Number of classes, 0 for no classifier.
+            in_chans: Number of input channels.
             global_pool: "avg", "max", "avgmax", "catavgmax", or "" for none (with num_classes=0).
             drop_rate: Dropout probability before the classifier.
             drop_path_rate: 1 - p_L, in [0, 1): 0 is constant depth.
             drop_path_schedule: "linear", the paper's decay from p_0 = 1 to p_L, or "uniform".
-            drop_path_mode: "batch", the paper's gate a block for the whole mini-batch, "row", a gate a sample, or
-                "count", a gate a sample with a fixed number of them open (see `timm_sd.gate`).
-            device: Where parameters and buffers are made.
-            dtype: Their type.
+            drop_path_mode: "batch", one gate per block for the whole mini-batch, as in the paper; "row", one per
+                sample; or "count", one per sample with a fixed number of them open (see `timm_sd.gate`).
+            device: The device of parameters and buffers.
+            dtype: Their dtype.
 
         Raises:
-            ValueError: An argument has a value that is not allowed.
+            ValueError: An argument has an invalid value.
         """
         super().__init__()
         if depth < 8 or (depth - 2) % 6:
@@ -114,7 +114,7 @@ class CifarResNet(nn.Module):
         check_choice("drop_path_mode", drop_path_mode, MODES)
         _check_head(num_classes, global_pool)
         if num_classes and not global_pool:
-            raise ValueError(f"global_pool='' goes with num_classes=0 only, and not with num_classes={num_classes!r}")
+            raise ValueError(f"global_pool='' requires num_classes=0, but num_classes={num_classes!r}")
 
         dd = {"device": device, "dtype": dtype}
         n = (depth - 2) // 6
@@ -145,14 +145,14 @@ class CifarResNet(nn.Module):
 
     def _create_classifier(self, num_classes: int, global_pool: str) -> None:
         pool, classifier = create_classifier(self.num_features, num_classes, pool_type=global_pool)
-        self.global_pool, self.fc = pool, classifier.to(self.conv1.weight)  # its device and type
+        self.global_pool, self.fc = pool, classifier.to(self.conv1.weight)  # its device and dtype
         self.head_hidden_size = self.num_features * pool.feat_mult()
 
     @torch.jit.ignore
     def init_weights(self) -> None:
-        """The authors' initialisation, the same as Torch 7's defaults but for the convolutions.
+        """The authors' initialization: Torch 7's defaults, except for the convolutions.
 
-        Convolutions He-normal (std = sqrt(2 / fan_in)), batch normalisation scales uniform in (0, 1) and shifts 0.
+        Convolutions are He-normal (std = sqrt(2 / fan_in)); batch normalization scales are uniform in (0, 1), shifts 0.
         """
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -169,26 +169,26 @@ class CifarResNet(nn.Module):
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
-        """Patterns that sort the parameters by depth, a group a stage (coarse) or a block."""
+        """Patterns that group the parameters by depth, per stage (coarse) or per block."""
         return dict(stem=r"^conv1|bn1", blocks=r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)")
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep only each block's input for the backward pass and compute the block again there."""
+        """Keep only each block's input and recompute the block in the backward pass."""
         self.grad_checkpointing = enable
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
-        """The linear layer from features to logits, `nn.Identity` with num_classes=0."""
+        """The linear layer from features to logits, or `nn.Identity` with num_classes=0."""
         return self.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by a new one for `num_classes` classes (0: none), the pooling too unless it is None.
+        """Replace the classifier with a new one for `num_classes` classes (0: none), and the pooling unless it is None.
 
-        As elsewhere in timm, and unlike in the constructor, there may be classes without pooling: the classifier is
-        then applied to the last dimension.
+        As elsewhere in timm, and unlike in the constructor, a classifier without pooling is allowed: it is then applied
+        to the last dimension.
 
-        Raises ValueError for a negative number of classes and for an unknown pooling.
+        Raises ValueError for a negative number of classes or an unknown pooling.
         """
         if global_pool is None:
             global_pool = self.global_pool.pool_type
@@ -207,15 +207,15 @@ class CifarResNet(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The outputs of the three groups, alone or after the final features.
+        """The outputs of the three groups, after the final features unless `intermediates_only`.
 
         Args:
             x: Images of shape (B, in_chans, H, W).
-            indices: The groups to take: the last n for an int, all for None.
-            norm: Accepted for timm's interface; there is no final normalisation.
-            stop_early: Do not compute groups after the last one taken.
-            output_fmt: "NCHW".
-            intermediates_only: Return the list alone.
+            indices: Which groups: the last n for an int, all for None.
+            norm: Accepted for timm's interface; there is no final normalization.
+            stop_early: Do not compute groups after the last one requested.
+            output_fmt: Must be "NCHW".
+            intermediates_only: Return only the list.
 
         Raises:
             ValueError: An output format other than "NCHW".
@@ -240,7 +240,7 @@ class CifarResNet(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove the groups after the last one of `indices`, then the classifier too; return the indices kept."""
+        """Remove the groups after the last of `indices`, and if there are any the classifier; return the indices."""
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         self.stages = self.stages[: max_index + 1]
         self.num_features = self.head_hidden_size = CHANNELS[max_index]
@@ -291,7 +291,7 @@ def _cfg(**kwargs) -> dict:
     )
 
 
-# Mean and standard deviation of the 50,000 training images, a channel each.
+# Mean and standard deviation of the 50,000 training images, per channel.
 DATA_CONFIGURATIONS = {
     "cifar10": _cfg(
         num_classes=10,
@@ -320,7 +320,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def _register(name: str, description: str, **model_args) -> None:
-    """Register a network with timm, as `register_model` on a function of that name does."""
+    """Register a network with timm, as `@register_model` on a function of that name would."""
 
     def entrypoint(
         pretrained: bool = False,
@@ -349,7 +349,7 @@ def _register(name: str, description: str, **model_args) -> None:
 
 
 for _depth in DEPTHS:
-    _register(f"cifar_resnet{_depth}", f"ResNet-{_depth} of constant depth (He et al.).", depth=_depth)
+    _register(f"cifar_resnet{_depth}", f"ResNet-{_depth} with constant depth (He et al.).", depth=_depth)
     _register(
         f"cifar_resnet{_depth}_sd",
         f"ResNet-{_depth} with stochastic depth, linear decay to p_L = 0.5 (Huang et al.).",

@@ -1,4 +1,4 @@
-"""What the scripts share: whatever a user can put right is answered in one line, and output may fail."""
+"""Shared by the scripts: one-line messages for errors the user can fix, and output that may fail."""
 
 import argparse
 import io
@@ -14,7 +14,7 @@ from .errors import UserError, one_line
 
 
 class Parser(argparse.ArgumentParser):
-    """Answers a wrong flag with one line instead of the whole usage."""
+    """Reports a bad flag in one line instead of printing the whole usage."""
 
     def __init__(self, description: str) -> None:
         super().__init__(
@@ -26,11 +26,11 @@ class Parser(argparse.ArgumentParser):
 
 
 def path(text: str) -> Path:
-    """The type of a flag that takes a path, with ~ as the home folder where the shell has left it."""
+    """Argument type for paths; expands a ~ that the shell has left alone."""
     if not text:
-        raise argparse.ArgumentTypeError("an empty path")
+        raise argparse.ArgumentTypeError("the path is empty")
     if not text.isprintable():
-        raise argparse.ArgumentTypeError(f"{text!r}: a path with characters that cannot be printed")
+        raise argparse.ArgumentTypeError(f"{text!r}: the path has unprintable characters")
     try:
         return Path(text).expanduser()
     except RuntimeError as error:  # ~somebody
@@ -39,8 +39,8 @@ def path(text: str) -> Path:
 
 @contextmanager
 def one_line_errors(prog: str) -> Iterator[None]:
-    """End the program with status 1 and one line for a UserError, said once a machine, for Ctrl-C, for lost output."""
-    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as it is while a script imports
+    """Exit with status 1 and one line on a UserError (printed once per machine), Ctrl-C or lost output."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # set by train_scripts/start.py during the imports
         signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -53,19 +53,19 @@ def one_line_errors(prog: str) -> Iterator[None]:
     except KeyboardInterrupt:
         sys.exit(f"{prog}: interrupted")
     if lost:
-        sys.exit(f"{prog}: standard output could not be written ({lost[0]}); all else is done")
+        sys.exit(f"{prog}: cannot write to standard output ({lost[0]}); everything else is done")
 
 
-lost: list[str] = []  # why standard output could no longer be written
+lost: list[str] = []  # why writing to standard output failed
 
 
 def say(text: object) -> None:
-    """Print a line at once, of all processes' once. Where that fails (a full disk, a closed pipe), go on without."""
+    """Print and flush a line, in the first process only. If that fails (full disk, closed pipe), continue without."""
     if lost or os.environ.get("RANK", "0") != "0":
         return
     try:
         print(text, flush=True)
     except OSError as error:
         lost.append(error.strerror)
-        # What is still in the buffer would fail again at the end.
+        # Flushing what is left in the buffer at exit would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,8 +1,8 @@
 """Residual blocks as CUDA graphs, for GPUs that wait for the host to launch these networks' many small kernels.
 
-Each block's forward and backward are captured once and then replayed with a launch each. Whether a block is replayed
-stays a choice of the host, so a dropped block still costs nothing. The blocks read and write fixed buffers in a chain:
-one block's output is the next one's input, and only what skips a block is copied.
+Each block's forward and backward passes are captured once and then replayed with one launch each. The host still
+decides whether to replay a block, so a dropped block still costs nothing. The blocks read and write a chain of fixed
+buffers: one block's output is the next one's input, and only tensors that skip a block are copied.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ WARM_UP_PASSES = 3
 
 
 class _Replay(torch.autograd.Function):
-    """A block's graphs as one node of autograd. It leaves parameters out: the graph itself adds to their `.grad`."""
+    """A block's graphs as one autograd node, without parameters: the graph itself accumulates their `.grad`."""
 
     @staticmethod
     def forward(ctx, x: Tensor, graphs: "_BlockGraphs") -> Tensor:
@@ -36,7 +36,7 @@ class _Replay(torch.autograd.Function):
 
 
 class _BlockGraphs:
-    """The two graphs of one kept block, and the buffers they read and write."""
+    """The forward and backward graphs of one block, gate open, and the buffers they read and write."""
 
     def __init__(self, block: StochasticDepth, autocast: AbstractContextManager) -> None:
         self.block = block
@@ -51,7 +51,7 @@ class _BlockGraphs:
     def capture_backward(self, gradient: Tensor, pool: tuple[int, int]) -> Tensor:
         self.output_gradient = gradient
         self.replay_backward = _capture(self._backward, pool)
-        # The parameters' nodes in autograd must not stay behind, bound to the stream of the capture.
+        # The parameters' autograd nodes are bound to the capture stream and must not stay behind.
         self.output = self.output.detach()
         return self.input_gradient
 
@@ -65,7 +65,7 @@ class _BlockGraphs:
         torch._foreach_add_([parameter.grad for parameter in self.parameters], gradients)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The block's own; batches of another shape, the last of an epoch, are computed without the graphs."""
+        """The block's forward pass; batches of another shape (the last of an epoch) do without the graphs."""
         if not self.block.training or x.shape != self.input.shape:
             return StochasticDepth.forward(self.block, x)
         if self.block.gate.active and not self.block.gate.draw(len(x)):
@@ -74,16 +74,16 @@ class _BlockGraphs:
 
 
 def graph_blocks(network: nn.Module, images: Tensor, dtype: torch.dtype | None = None) -> None:
-    """Make `network` replay its blocks in training, for batches of the shape of `images` and gates for the mini-batch.
+    """Make `network` replay its blocks in training, for batches of the shape of `images` and gates in mode "batch".
 
     From then on every parameter has a gradient, zero until a backward pass adds to it: call
-    `optimizer.zero_grad(set_to_none=False)`. A dropped block leaves its own at zero. The network may be trained in one
-    process only, and its parameters must stay where they are.
+    `optimizer.zero_grad(set_to_none=False)`. A dropped block leaves its gradients at zero. The network can be trained
+    in one process only, and its parameters must not move in memory.
 
     Args:
-        network: On a CUDA device, as it will be trained.
+        network: The network to train, on a CUDA device.
         images: (B, C, H, W), on the same device and in the memory format of the training batches.
-        dtype: What autocast computes in, None without autocast.
+        dtype: Autocast's dtype, None without autocast.
     """
     network.train()
     blocks = stochastic_blocks(network)
@@ -92,25 +92,25 @@ def graph_blocks(network: nn.Module, images: Tensor, dtype: torch.dtype | None =
     for parameter in network.parameters():
         parameter.grad = torch.zeros_like(parameter)
 
-    # A cast that autocast remembers from outside a graph would not be made again when the graph is replayed.
+    # A cast that autocast cached outside a graph would not be repeated when the graph is replayed.
     autocast = torch.autocast(images.device.type, dtype, enabled=dtype is not None, cache_enabled=False)
     pool = _memory_pool()
     graphs = [_BlockGraphs(block, autocast) for block in blocks]
-    # All graphs share their memory, so they are captured in the order in which they are replayed.
+    # All graphs share one memory pool, so they are captured in the order in which they are replayed.
     for block_graphs in graphs:
         x = block_graphs.capture_forward(x, pool)
     gradient = torch.zeros_like(x)
     for block_graphs in reversed(graphs):
         gradient = block_graphs.capture_backward(gradient, pool)
 
-    for buffer, before in buffers:  # the warm-up has moved the running statistics
+    for buffer, before in buffers:  # the warm-up has updated the running statistics
         buffer.copy_(before)
     for block_graphs in graphs:
         block_graphs.block.forward = block_graphs.forward
 
 
 def _warm_up(network: nn.Module, blocks: list[StochasticDepth], images: Tensor) -> Tensor:
-    """Let the libraries choose and load their kernels; the input of the first block, for its type and layout."""
+    """Let the libraries choose and load their kernels; return the first block's input, for its dtype and layout."""
     inputs = []
     hook = blocks[0].register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach().clone()))
     with hook, _side_stream(), use_gates(network, torch.ones(len(blocks), dtype=torch.bool)):
@@ -130,7 +130,7 @@ def _memory_pool() -> tuple[int, int]:
 
 @contextmanager
 def _side_stream() -> Iterator[None]:
-    """A stream of its own, as CUDA asks of the passes before a capture."""
+    """A side stream, which CUDA requires for the passes before a capture."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -139,7 +139,7 @@ def _side_stream() -> Iterator[None]:
 
 
 def _capture(function: Callable[[], None], pool: tuple[int, int]) -> Callable[[], None]:
-    """What `function` launches, as a function that launches it again at once."""
+    """Capture the kernels that `function` launches; return a function that replays them in one launch."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool):
         function()

@@ -1,4 +1,4 @@
-"""Data sets as tensors on the training device, and the authors' split, standardisation and augmentation.
+"""Data sets as tensors on the training device, with the authors' split, standardization and augmentation.
 
 Everything random is drawn on the CPU as a function of (seed, epoch), so a run sees the same batches on any device.
 """
@@ -35,7 +35,7 @@ SHAPES = (
 
 @dataclass(frozen=True)
 class ImageSet:
-    """N labelled images: `images` uint8 of shape (N, C, H, W), `labels` int64 of shape (N,)."""
+    """N labeled images: `images` uint8 of shape (N, C, H, W), `labels` int64 of shape (N,)."""
 
     images: Tensor
     labels: Tensor
@@ -47,16 +47,16 @@ class ImageSet:
         return replace(self, images=self.images[index], labels=self.labels[index])
 
     def to(self, device: torch.device) -> "ImageSet":
-        """The same on a device."""
+        """The same images and labels on a device."""
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
 
 def load(dataset: str, data_dir: Path, download: bool = False) -> tuple[ImageSet, ImageSet]:
     """The training and test images of "cifar10", "cifar100" (50,000 and 10,000) or "synthetic" (5,000 and 1,000).
 
-    CIFAR is read from torchvision's files in `data_dir`, whose MD5 sums it checks, and fetched only with `download`.
+    CIFAR is read from torchvision's files in `data_dir`, checked by MD5, and downloaded only with `download`.
 
-    Raises UserError if files are missing or corrupt, or cannot be fetched.
+    Raises UserError if files are missing or corrupt, or cannot be downloaded.
     """
     if dataset == "synthetic":
         return draw_shapes(5000, seed=0), draw_shapes(1000, seed=1)
@@ -67,9 +67,9 @@ def load(dataset: str, data_dir: Path, download: bool = False) -> tuple[ImageSet
             part = torchvision_set(data_dir, train=train, download=download)
         except (OSError, RuntimeError) as error:
             way_out = (
-                f"downloading it failed ({error})"
+                f"the download failed ({error})"
                 if download
-                else "give its folder as --data-dir, have train.py fetch it with --download, or try --dataset synthetic"
+                else "pass its folder as --data-dir, download it with train.py --download, or try --dataset synthetic"
             )
             raise UserError(f"{dataset} is missing or corrupt in {str(data_dir)!r}: {way_out}") from error
         parts.append(ImageSet(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)))
@@ -77,16 +77,16 @@ def load(dataset: str, data_dir: Path, download: bool = False) -> tuple[ImageSet
 
 
 def draw_shapes(num_images: int, seed: int) -> ImageSet:
-    """A learnable stand-in for CIFAR-10: 32x32 images of ten shapes, each of random place, size, colours and noise.
+    """A learnable stand-in for CIFAR-10: 32x32 images of ten shapes, with random position, size, colors and noise.
 
-    The classes are `SHAPES`. All are their own mirror images, so flips keep the class.
+    The classes are `SHAPES`. All are symmetric, so flips keep the class.
     """
     random = np.random.default_rng(seed)
     labels = np.arange(num_images) % 10
-    centre = random.uniform(12, 20, (2, num_images, 1, 1))
+    center = random.uniform(12, 20, (2, num_images, 1, 1))
     radius = random.uniform(6, 11, (num_images, 1, 1))
-    y = (np.arange(32).reshape(1, 32, 1) - centre[0]) / radius
-    x = np.abs(np.arange(32).reshape(1, 1, 32) - centre[1]) / radius
+    y = (np.arange(32).reshape(1, 32, 1) - center[0]) / radius
+    x = np.abs(np.arange(32).reshape(1, 1, 32) - center[1]) / radius
     distance = np.hypot(x, y)
     box = np.maximum(x, np.abs(y))
     shapes = [
@@ -103,34 +103,34 @@ def draw_shapes(num_images: int, seed: int) -> ImageSet:
     ]
     inside = np.choose(labels.reshape(-1, 1, 1), shapes)[:, None]
     background = random.uniform(0, 255, (num_images, 3, 1, 1))
-    shape_colour = (background + random.uniform(80, 175, background.shape)) % 255
-    images = np.where(inside, shape_colour, background) + random.normal(0, 25, (num_images, 3, 32, 32))
+    shape_color = (background + random.uniform(80, 175, background.shape)) % 255
+    images = np.where(inside, shape_color, background) + random.normal(0, 25, (num_images, 3, 32, 32))
     return ImageSet(torch.from_numpy(images.clip(0, 255).astype(np.uint8)), torch.from_numpy(labels))
 
 
 def split_sizes(num_images: int) -> tuple[int, int]:
-    """How many of the images to learn from are for training and how many for validation."""
+    """How many of `num_images` are for training and how many for validation."""
     held_out = round(VALIDATION_SHARE * num_images)
     return num_images - held_out, held_out
 
 
 def split(data: ImageSet, seed: int) -> tuple[ImageSet, ImageSet]:
-    """A random split into nine tenths for training and one tenth for validation (45,000 and 5,000 of CIFAR's)."""
+    """A random split into nine tenths for training and one tenth for validation (for CIFAR, 45,000 and 5,000)."""
     order = torch.randperm(len(data), generator=_generator(seed, epoch=0))
     _, held_out = split_sizes(len(data))
     return data[order[held_out:]], data[order[:held_out]]
 
 
 @dataclass(frozen=True)
-class Standardise:
+class Standardize:
     """uint8 images of shape (B, C, H, W) to float32 (image / 255 - mean) / std; `mean`, `std` of shape (C, 1, 1)."""
 
     mean: Tensor
     std: Tensor
 
     @classmethod
-    def of(cls, network: nn.Module, device: torch.device) -> "Standardise":
-        """What a timm network's data configuration says."""
+    def of(cls, network: nn.Module, device: torch.device) -> "Standardize":
+        """From a timm network's data configuration."""
         config = timm.data.resolve_model_data_config(network)
         return cls(*(torch.tensor(config[key], device=device).view(-1, 1, 1) for key in ("mean", "std")))
 
@@ -139,11 +139,11 @@ class Standardise:
 
 
 def shift_and_flip(images: Tensor, shifts: Tensor, flips: Tensor) -> Tensor:
-    """Each image shifted by its own offset, uncovered pixels zero, then flipped left to right or not.
+    """Shift each image by its own offset, padding with zeros, then flip it left to right or not.
 
     Args:
-        images: Standardised images of shape (B, C, H, W): zero is the mean colour, as in the authors' code.
-        shifts: (B, 2) integers in 0..2 * MAX_SHIFT, down and right: MAX_SHIFT - shift is how far the image moves.
+        images: Standardized images of shape (B, C, H, W): zero is the mean color, as in the authors' code.
+        shifts: (B, 2) integers in 0..2 * MAX_SHIFT, down and right: the image moves by MAX_SHIFT - shift.
         flips: (B,) bools.
     """
     height, width = images.shape[2:]
@@ -156,17 +156,17 @@ def shift_and_flip(images: Tensor, shifts: Tensor, flips: Tensor) -> Tensor:
 def training_batches(
     data: ImageSet,
     batch_size: int,
-    standardise: Standardise,
+    standardize: Standardize,
     seed: int,
     epoch: int,
     first_step: int = 0,
     process: int = 0,
     num_processes: int = 1,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """One epoch of (images, labels): every image once, in random order and augmented, the last batch partial.
+    """One epoch of (images, labels): every image once, in random order and augmented, the last batch smaller.
 
-    Each batch is divided among the processes, whose parts differ by one image at most. An epoch that goes on from
-    `first_step` gives the batches it would have given.
+    Each batch is split across the processes, in parts that differ by one image at most. An epoch resumed at
+    `first_step` continues with the same batches.
     """
     generator = _generator(seed, epoch)
     device = data.labels.device
@@ -177,17 +177,17 @@ def training_batches(
         size = min(batch_size, len(data) - start)
         drawn = slice(start + size * process // num_processes, start + size * (process + 1) // num_processes)
         batch = data[order[drawn]]
-        images = shift_and_flip(standardise(batch.images), shifts[drawn], flips[drawn])
+        images = shift_and_flip(standardize(batch.images), shifts[drawn], flips[drawn])
         yield images.contiguous(memory_format=torch.channels_last), batch.labels
 
 
-def evaluation_batches(data: ImageSet, batch_size: int, standardise: Standardise) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of (images, labels): every image once, in order and as it is."""
+def evaluation_batches(data: ImageSet, batch_size: int, standardize: Standardize) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of (images, labels): every image once, in order, without augmentation."""
     for start in range(0, len(data), batch_size):
         batch = data[start : start + batch_size]
-        yield standardise(batch.images).contiguous(memory_format=torch.channels_last), batch.labels
+        yield standardize(batch.images).contiguous(memory_format=torch.channels_last), batch.labels
 
 
 def _generator(seed: int, epoch: int) -> torch.Generator:
-    """A CPU generator of its own for each (seed, epoch); torch's uses the low 32 bits of a seed."""
+    """A separate CPU generator for each (seed, epoch); torch uses only the low 32 bits of a seed."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0]))

@@ -1,4 +1,4 @@
-"""Loss and errors of a network on a set of images, each counted once on any number of processes."""
+"""Loss and errors of a network on a set of images, each counted once, with any number of processes."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ BATCH_SIZE = 1000
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean cross-entropy `loss`, top-1 `error` in percent, and by class the number of `images` and of `errors`."""
+    """Mean cross-entropy `loss`, top-1 `error` in percent, and per class the number of `images` and of `errors`."""
 
     loss: float
     error: float
@@ -24,9 +24,9 @@ class Evaluation:
 
 @torch.inference_mode()
 def evaluate(
-    accelerator: Accelerator, network: nn.Module, images: data.ImageSet, standardise: data.Standardise
+    accelerator: Accelerator, network: nn.Module, images: data.ImageSet, standardize: data.Standardize
 ) -> Evaluation:
-    """What `network` makes of all the images; every process computes a part, and all get the whole.
+    """Evaluate `network` on all the images; every process computes a part, and all get the whole result.
 
     Leaves the network in evaluation mode.
     """
@@ -35,8 +35,8 @@ def evaluate(
         len(images) * index // accelerator.num_processes
         for index in (accelerator.process_index, accelerator.process_index + 1)
     )
-    sums = torch.zeros(3, network.num_classes, device=accelerator.device)  # loss, images and errors, by class
-    for batch, labels in data.evaluation_batches(images[first:end], BATCH_SIZE, standardise):
+    sums = torch.zeros(3, network.num_classes, device=accelerator.device)  # loss, images and errors, per class
+    for batch, labels in data.evaluation_batches(images[first:end], BATCH_SIZE, standardize):
         logits = network(batch)
         losses = F.cross_entropy(logits, labels, reduction="none")
         wrong = logits.argmax(1) != labels

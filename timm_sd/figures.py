@@ -1,7 +1,7 @@
 """The paper's CIFAR figures, drawn from the records of runs.
 
-What is compared comes as groups: "constant depth" and "stochastic depth", or one of them, and for each the records of
-runs that differ in their seed alone. Several are drawn as their mean and a band from the lowest to the highest.
+Runs are compared in groups, "constant depth" and "stochastic depth" or just one of them. The runs of a group differ
+only in their seed. Several are drawn as their mean and a band from the lowest to the highest.
 """
 
 from collections import Counter, defaultdict
@@ -26,31 +26,31 @@ from .stochastic_depth import SCHEDULES
 CONSTANT, STOCHASTIC = "constant depth", "stochastic depth"
 Groups = dict[str, Sequence[Record]]
 
-# Told apart by hue to the colour-blind (Okabe and Ito's blue and vermilion) and by line and marker in grey.
-COLOURS = {CONSTANT: "#0072B2", STOCHASTIC: "#D55E00"}
+# Distinguishable by hue for color-blind readers (Okabe and Ito's blue and vermilion), and by line and marker in gray.
+COLORS = {CONSTANT: "#0072B2", STOCHASTIC: "#D55E00"}
 LINES = {CONSTANT: "--", STOCHASTIC: "-"}
 THIN_LINES = {CONSTANT: ":", STOCHASTIC: "-."}
 MARKERS = {CONSTANT: "s", STOCHASTIC: "o"}
-GREY = "0.4"
+GRAY = "0.4"
 
 
 def kind(record: Record) -> str:
-    """Whether a run is of constant or stochastic depth."""
+    """Whether a run has constant or stochastic depth."""
     return STOCHASTIC if record.stochastic else CONSTANT
 
 
 def curves(records: Sequence[Record], name: str) -> np.ndarray:
-    """One figure of every epoch of runs, of shape (runs, epochs)."""
+    """One metric of every epoch, of shape (runs, epochs)."""
     return np.array([[line[name] for line in record.history] for record in records])
 
 
 def training_seconds(records: Sequence[Record]) -> float:
-    """Of an epoch without its evaluation, the median over epochs and runs."""
+    """Seconds per epoch without evaluation, the median over epochs and runs."""
     return float(np.median([r.images / curves([r], "images_per_second") for r in records]))
 
 
 def save(figure: Figure, file: Path) -> None:
-    """Write a PNG or an SVG, the same bytes for the same figure and version of Matplotlib."""
+    """Write a PNG or an SVG; the same figure and Matplotlib version give the same bytes."""
     picture = BytesIO()
     with mpl.rc_context({"svg.hashsalt": "timm-sd"}):
         metadata = {"Software": None} if file.suffix == ".png" else {"Date": None, "Creator": None}
@@ -71,7 +71,7 @@ def _epochs(axes: Axes, label: str) -> None:
 
 
 def _plain_log(axes: Axes) -> None:
-    """A logarithmic axis with numbers as they are spoken, over a decade or so between powers of ten too."""
+    """A logarithmic axis with plain numbers, also between powers of ten if it spans a decade or so."""
     if not any((np.asarray(line.get_ydata()) > 0).any() for line in axes.lines):
         return
     axes.set_yscale("log")
@@ -86,13 +86,13 @@ def _plain_log(axes: Axes) -> None:
 def _draw(axes: Axes, group: str, records: Sequence[Record], name: str, **style) -> None:
     values = curves(records, name)
     epochs = np.arange(1, values.shape[1] + 1)
-    axes.plot(epochs, values.mean(0), color=COLOURS[group], **{"linestyle": LINES[group], **style})
+    axes.plot(epochs, values.mean(0), color=COLORS[group], **{"linestyle": LINES[group], **style})
     if len(values) > 1:
-        axes.fill_between(epochs, values.min(0), values.max(0), color=COLOURS[group], alpha=0.2, linewidth=0)
+        axes.fill_between(epochs, values.min(0), values.max(0), color=COLORS[group], alpha=0.2, linewidth=0)
 
 
 def learning_rate_drops(record: Record) -> list[int]:
-    """The first epochs at a lower learning rate, under the authors' schedule; none under one that always changes."""
+    """The first epochs at a lower learning rate, for the authors' schedule; none for one that changes at every step."""
     if record.options.lr_schedule != "steps":
         return []
     rates = [line["lr"] for line in record.history]
@@ -102,8 +102,8 @@ def learning_rate_drops(record: Record) -> list[int]:
 def learning_curves(groups: Groups) -> Figure:
     """Figure 3: test error (left) and training loss (right, logarithmic) by epoch.
 
-    Marked are the epochs of lowest validation error, a point a run, labelled with the mean of their test errors; dotted
-    lines are the epochs at which the learning rate drops.
+    Each run has a point at its epoch of lowest validation error, labeled with the mean test error there; dotted lines
+    mark the epochs at which the learning rate drops.
     """
     figure, axes = _new_figure()
     _epochs(axes, "test error (%)")
@@ -119,21 +119,21 @@ def learning_curves(groups: Groups) -> Figure:
         epochs = [line["epoch"] for line in best[group]]
         points = [line["test_error"] for line in best[group]]
         label = "at the lowest validation error"
-        axes.plot(epochs, points, MARKERS[group], color=COLOURS[group], markersize=7, zorder=4, label=label)
-        # To the right of the last epoch, where no line is in its way; the higher one upwards.
+        axes.plot(epochs, points, MARKERS[group], color=COLORS[group], markersize=7, zorder=4, label=label)
+        # To the right of the last epoch, clear of the lines; the higher of two labels goes up.
         axes.annotate(
             f"{errors[group]:.2f}%",
             (epochs_in_all, errors[group]),
             (10, 0),
             textcoords="offset points",
             va="bottom" if group == max(errors, key=errors.get) else "top",
-            color=COLOURS[group],
+            color=COLORS[group],
             fontweight="bold",
         )
     _plain_log(losses)
     for index, epoch in enumerate(learning_rate_drops(next(iter(groups.values()))[0])):
-        axes.axvline(epoch, color=GREY, linewidth=1, linestyle=":", label=None if index else "learning rate ÷ 10")
-    # Of a long run, the first epochs would press all that is to be seen together.
+        axes.axvline(epoch, color=GRAY, linewidth=1, linestyle=":", label=None if index else "learning rate ÷ 10")
+    # In a long run, the first epochs would squash the rest.
     seen = [curves(records, "test_error")[:, epochs_in_all // 20 :] for records in groups.values()]
     axes.set_ylim(0, 1.1 * max(1, *(errors.max() for errors in seen)))
     axes.set_xlim(1 - 0.05 * epochs_in_all, 1.18 * epochs_in_all)
@@ -143,7 +143,7 @@ def learning_curves(groups: Groups) -> Figure:
 
 
 def gradients(groups: Groups) -> Figure:
-    """Figure 7: mean absolute gradient of the first convolution, a mean over each epoch's steps."""
+    """Figure 7: mean absolute gradient of the first convolution, averaged over each epoch's steps."""
     figure, axes = _new_figure()
     _epochs(axes, "mean absolute gradient of the first convolution")
     for group, records in groups.items():
@@ -154,20 +154,20 @@ def gradients(groups: Groups) -> Figure:
 
 
 def drawn_gates(record: Record) -> np.ndarray:
-    """Which gates were open in the steps of a run's epochs, of shape (epochs, steps, L), drawn again from its seed.
+    """Which gates were open in each step of a run, of shape (epochs, steps, L), redrawn from its seed.
 
-    Raises UserError if they are not as many as its log counted.
+    Raises UserError if their number differs from the run's log.
     """
     epochs, steps = record.options.epochs, record.steps
     gates = [draw_gates(record.survival, record.options.seed, step).numpy() for step in range(epochs * steps)]
     gates = np.array(gates).reshape(epochs, steps, -1)
     if not np.allclose(gates.sum(2).mean(1), curves([record], "active_blocks")[0]):
-        raise UserError(f"{record.path}: metrics.jsonl is another run's, its active blocks are not those of the seed")
+        raise UserError(f"{record.path}: metrics.jsonl is from another run, its active blocks do not match the seed")
     return gates
 
 
 def survival(records: Sequence[Record]) -> Figure:
-    """Figure 2: survival probability by block, and in how many of each run's steps its gate was open."""
+    """Figure 2: survival probability by block, and the share of each run's steps in which its gate was open."""
     expected = np.array(records[0].survival)
     blocks = np.arange(1, len(expected) + 1)
     figure, axes = _new_figure()
@@ -183,22 +183,22 @@ def survival(records: Sequence[Record]) -> Figure:
             blocks,
             gates.mean((0, 1)),
             MARKERS[STOCHASTIC],
-            color=COLOURS[STOCHASTIC],
+            color=COLORS[STOCHASTIC],
             markersize=3.5,
-            label=None if index else "share of the training steps in which its gate was open",
+            label=None if index else "share of training steps with an open gate",
         )
     axes.set_ylim(0, 1.05)
     axes.legend(
         loc="lower left",
-        title=f"active of {len(expected)} blocks: {expected.sum():.2f} expected, {np.mean(active):.2f} measured",
+        title=f"active blocks out of {len(expected)}: {expected.sum():.2f} expected, {np.mean(active):.2f} measured",
     )
     return figure
 
 
 def times(groups: Groups) -> Figure:
-    """Seconds an epoch of both groups (left), and their ratio beside the published ones (right).
+    """Seconds per epoch of both groups (left), and their ratio next to the published ones (right).
 
-    Beside them stands perfect skipping, were all blocks equally dear: the share of blocks that were active.
+    Both also show perfect skipping if all blocks cost the same: the share of blocks that were active.
     """
     constant, stochastic = (training_seconds(groups[group]) for group in (CONSTANT, STOCHASTIC))
     records = groups[STOCHASTIC]
@@ -208,25 +208,25 @@ def times(groups: Groups) -> Figure:
     figure, (left, right) = _new_figure(2, width=10)
     names = ("constant\ndepth", "stochastic\ndepth", perfect)
     seconds = (constant, stochastic, share * constant)
-    bars = left.bar(names, seconds, color=(COLOURS[CONSTANT], COLOURS[STOCHASTIC], "0.75"), hatch=("//", "", ""))
+    bars = left.bar(names, seconds, color=(COLORS[CONSTANT], COLORS[STOCHASTIC], "0.75"), hatch=("//", "", ""))
     left.bar_label(bars, [f"{value:.3g} s\n{images / value:.0f} images/s" for value in seconds], padding=3)
-    left.set_ylabel("training time of an epoch (s)")
+    left.set_ylabel("training time per epoch (s)")
     left.margins(y=0.2)
     ratios = {f"these runs,\n{records[0].depth} layers": (stochastic / constant, ""), perfect: (share, "")}
     for who, (slow, fast) in paper.SECONDS.items():
-        ratios[f"{who},\n110 layers"] = fast / slow, f" ({fast:g} s to {slow:g} s)"
-    bars = right.barh(list(ratios), [ratio for ratio, _ in ratios.values()], color=(COLOURS[STOCHASTIC], *["0.75"] * 3))
+        ratios[f"{who},\n110 layers"] = fast / slow, f" ({fast:g} s vs. {slow:g} s)"
+    bars = right.barh(list(ratios), [ratio for ratio, _ in ratios.values()], color=(COLORS[STOCHASTIC], *["0.75"] * 3))
     labels = [f"{ratio:.3f}{seconds}" for ratio, seconds in ratios.values()]
     right.bar_label(bars, labels, label_type="center")
     right.invert_yaxis()
-    right.set_xlabel("time of stochastic depth, constant depth being 1")
+    right.set_xlabel("time of stochastic depth relative to constant depth")
     return figure
 
 
 def sweep(records: Sequence[Record]) -> Figure:
     """Figure 8: test error at the best validation error against p_L for both schedules, and against depth.
 
-    The left is of the depth that has the most runs; the right of constant depth and of linear decay to p_L = 0.5.
+    The left plot is for the depth with the most runs, the right one for constant depth and linear decay to p_L = 0.5.
     """
     figure, (left, right) = _new_figure(2, width=10)
     depths = Counter(record.depth for record in records)
@@ -235,18 +235,18 @@ def sweep(records: Sequence[Record]) -> Figure:
     linear, uniform = (
         [r for r in records if kind(r) == STOCHASTIC and r.options.drop_path_schedule == name] for name in SCHEDULES
     )
-    for group, name, colour, style in (
-        (constant, CONSTANT, COLOURS[CONSTANT], dict(linestyle="none", marker="s")),
-        (linear, "linear decay", COLOURS[STOCHASTIC], dict(linestyle="-", marker="o")),
+    for group, name, color, style in (
+        (constant, CONSTANT, COLORS[CONSTANT], dict(linestyle="none", marker="s")),
+        (linear, "linear decay", COLORS[STOCHASTIC], dict(linestyle="-", marker="o")),
         (uniform, "uniform", "#009E73", dict(linestyle=":", marker="^")),
     ):
         at_depth = [record for record in group if record.depth == depth]
-        _draw_errors(left, at_depth, lambda record: record.survival[-1], name, colour, **style)
+        _draw_errors(left, at_depth, lambda record: record.survival[-1], name, color, **style)
     left.set_xlabel(f"$p_L$, survival probability of the last block ({depth} layers)")
     halved = [record for record in linear if record.survival[-1] == 0.5]
     for group, name, kind_ in ((constant, CONSTANT, CONSTANT), (halved, "linear decay, $p_L$ = 0.5", STOCHASTIC)):
         style = dict(linestyle=LINES[kind_], marker=MARKERS[kind_])
-        _draw_errors(right, group, lambda record: record.depth, name, COLOURS[kind_], **style)
+        _draw_errors(right, group, lambda record: record.depth, name, COLORS[kind_], **style)
     right.set_xlabel("layers")
     for axes in (left, right):
         axes.set_ylabel("test error (%)")
@@ -257,9 +257,9 @@ def sweep(records: Sequence[Record]) -> Figure:
 
 
 def _draw_errors(
-    axes: Axes, records: Sequence[Record], position: Callable[[Record], float], label: str, colour: str, **style: str
+    axes: Axes, records: Sequence[Record], position: Callable[[Record], float], label: str, color: str, **style: str
 ) -> None:
-    """Mean test errors by `position`, and over several runs bars from the lowest to the highest."""
+    """Mean test errors by `position`, with bars from the lowest to the highest of several runs."""
     errors = defaultdict(list)
     for record in records:
         errors[position(record)].append(record.best["test_error"])
@@ -268,4 +268,4 @@ def _draw_errors(
         means = [np.mean(errors[place]) for place in places]
         below = [mean - min(errors[place]) for place, mean in zip(places, means, strict=True)]
         above = [max(errors[place]) - mean for place, mean in zip(places, means, strict=True)]
-        axes.errorbar(places, means, (below, above), color=colour, capsize=3, label=label, **style)
+        axes.errorbar(places, means, (below, above), color=color, capsize=3, label=label, **style)

@@ -1,4 +1,4 @@
-"""Files that are whole at any moment, and folders whose files are known by their SHA-256."""
+"""Files that are complete at any moment, and folders that record the SHA-256 of their files."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ SUMS_FILE = "SHA256SUMS"  # as `sha256sum *` writes it
 
 
 def write(file: Path, content: bytes) -> None:
-    """Replace a file's content, or on failure leave it as it was."""
+    """Replace a file's content; on failure, leave it as it was."""
     partial = file.with_name(f"{file.name}.partial")
     try:
         partial.write_bytes(content)
@@ -27,7 +27,7 @@ def write_json(file: Path, value: dict) -> None:
 
 
 def parse_json(text: str) -> object:
-    """The value of a JSON text. Raises ValueError for what is none, nested too deep, or a number that is not finite."""
+    """Parse JSON. Raises ValueError if it is not valid, nested too deeply, or has a number that is not finite."""
 
     def finite(number: str) -> float:
         if not math.isfinite(value := float(number)):
@@ -37,7 +37,7 @@ def parse_json(text: str) -> object:
     try:
         return json.loads(text, parse_float=finite, parse_constant=finite)
     except RecursionError as error:
-        raise ValueError("nested too deep") from error
+        raise ValueError("nested too deeply") from error
 
 
 def read_json(file: Path) -> object:
@@ -46,7 +46,7 @@ def read_json(file: Path) -> object:
 
 
 def sync(path: Path) -> None:
-    """Have the system write a file or a folder to the disk, so that a crash after this leaves it whole."""
+    """Flush a file or folder to disk, so that it survives a later crash."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -55,7 +55,7 @@ def sync(path: Path) -> None:
 
 
 def sha256(file: Path) -> str:
-    """A file's SHA-256, in hexadecimal."""
+    """A file's SHA-256 in hexadecimal."""
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
@@ -74,7 +74,7 @@ def read_sums(folder: Path) -> dict[str, str]:
 
 
 def check_sums(folder: Path) -> None:
-    """Raise OSError or ValueError unless a folder's files are those recorded, to the bit."""
+    """Raise OSError or ValueError unless a folder's files match their recorded SHA-256."""
     recorded = read_sums(folder)
     if unrecorded := {file.name for file in folder.iterdir()} - recorded.keys() - {SUMS_FILE}:
         raise ValueError(f"{min(unrecorded)} is not in {SUMS_FILE}")

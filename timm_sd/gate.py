@@ -1,13 +1,13 @@
-"""Gates: which residual branches a training step computes, in the paper's networks and in any timm model alike.
+"""Gates decide which residual branches a training step computes, in the paper's networks and in any timm model.
 
-A residual block adds a branch f to a shortcut s. In training a gate decides for which samples of the mini-batch f is
+A residual block adds a branch f to a shortcut s. In training, a gate decides for which samples of the mini-batch f is
 computed at all:
 
-    open      s + f        (times 1 / p, where the network asks for it)
+    open      s + f        (f scaled by 1 / p if the network asks for it)
     closed    s            f is not computed, forward or backward
 
     mode     gates                                          drawn
-    "batch"  one for the whole mini-batch, as in the paper  Bernoulli, open with the survival probability p
+    "batch"  one for the whole mini-batch, as in the paper  Bernoulli, open with survival probability p
     "row"    one for each sample                            the same, independently
     "count"  one for each sample                            k = max(1, int(B p)) of B open, without replacement
 """
@@ -23,7 +23,7 @@ MODES = ("batch", "row", "count")
 
 
 def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
-    """Raise a ValueError naming the argument, its value and what is allowed, unless `value` is one of `allowed`."""
+    """Raise a ValueError naming the argument, its value and the choices, unless `value` is one of `allowed`."""
     if value not in allowed:
         raise ValueError(f"{name}={value!r}, but it must be one of {', '.join(map(repr, allowed))}")
 
@@ -35,10 +35,10 @@ def check_survival(name: str, probability: float) -> None:
 
 
 class _ZeroGradients(torch.autograd.Function):
-    """Identity on the shortcut that gives the dropped branch's parameters gradients of zero.
+    """Identity on the shortcut that gives the parameters of the dropped branch zero gradients.
 
-    Zero, not None: the authors' optimiser still moves a dropped block by momentum and weight decay. PyTorch's
-    optimisers skip a parameter without a gradient, and DistributedDataParallel waits for it in vain.
+    Zero, not None: the authors' optimizer still updates a dropped block by momentum and weight decay. PyTorch's
+    optimizers skip parameters without a gradient, and DistributedDataParallel would keep waiting for them.
     """
 
     @staticmethod
@@ -80,7 +80,7 @@ class _TakeRows(torch.autograd.Function):
 
 
 class _AddToRows(torch.autograd.Function):
-    """shortcut.index_add(0, rows, f, alpha=scale), whose own result would not keep channels_last."""
+    """shortcut.index_add(0, rows, f, alpha=scale), which by itself would not keep channels_last."""
 
     @staticmethod
     def forward(shortcut: Tensor, f: Tensor, rows: Tensor, scale: float) -> Tensor:
@@ -103,13 +103,13 @@ class _AddToRows(torch.autograd.Function):
 class Gate(nn.Module):
     """The gate of one residual branch.
 
-    In training it is drawn in each forward pass, unless `use_gates` provides it, from PyTorch's global CPU generator,
-    so that reading it never waits for a GPU. A gate with p = 1 draws nothing.
+    In training it is drawn in each forward pass from PyTorch's global CPU generator, so that reading it never waits for
+    a GPU, unless `use_gates` provides it. A gate with p = 1 draws nothing.
     """
 
     scale_by_keep = False  # the paper scales by p in inference, not by 1 / p in training
     __jit_unused_properties__ = ("active",)
-    copies_shortcut = False  # where a closed gate must give a new tensor, for what follows may change it in place
+    copies_shortcut = False  # whether a closed gate must return a new tensor, since it may be modified in place later
 
     def __init__(self, survival: float = 1.0, mode: str = "batch") -> None:
         """
@@ -118,7 +118,7 @@ class Gate(nn.Module):
             mode: "batch", "row" or "count".
 
         Raises:
-            ValueError: A probability outside (0, 1], an unknown mode.
+            ValueError: A probability outside (0, 1] or an unknown mode.
         """
         super().__init__()
         check_survival("survival", survival)
@@ -129,7 +129,7 @@ class Gate(nn.Module):
 
     @property
     def active(self) -> bool:
-        """Whether it can be closed in the next forward pass."""
+        """Whether the gate can be closed in the next forward pass."""
         return self.training and (self.survival < 1 or self.provided is not None)
 
     def kept(self, batch_size: int) -> int:
@@ -145,17 +145,17 @@ class Gate(nn.Module):
         parameters: Iterable[Tensor],
         activation: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """The shortcut plus the branch, the latter computed for the samples whose gate is open.
+        """The shortcut plus the branch, computed only for the samples whose gate is open.
 
         Args:
-            branch: f, which computes each sample on its own (but for batch normalisation).
+            branch: f, which treats each sample independently (except for batch normalization).
             shortcut: s, of shape (B, ...).
             inputs: The arguments of f, each of shape (B, ...).
-            parameters: All tensors that get a gradient through f: zeros, where nothing is kept.
-            activation: Applied to the sum. It must leave the shortcut as it is, for it may be skipped where f is.
+            parameters: All tensors that get a gradient through f: zero if no sample is kept.
+            activation: Applied to the sum. It must leave the shortcut unchanged, since it may be skipped along with f.
 
         Raises:
-            ValueError: `use_gates` provided gates for another number of samples.
+            ValueError: `use_gates` provided gates for a different number of samples.
         """
         batch_size = len(shortcut)
         if not self.active:
@@ -166,8 +166,8 @@ class Gate(nn.Module):
             return _add(shortcut, branch(*_take_rows(inputs, rows)), rows, scale, activation)
         return self._decide(branch, shortcut, inputs, parameters, activation)
 
-    # A gate read inside a compiled region would become part of it, one graph for each pattern of gates. This stays
-    # outside, while the branch that it calls is compiled.
+    # Reading a gate inside a compiled region would make it part of the graph, one graph for each pattern of gates. So
+    # this is not compiled, but the branch that it calls is.
     @torch.compiler.disable(recursive=False)
     def _decide(self, branch, shortcut, inputs, parameters, activation) -> Tensor:
         gate = self.draw(len(shortcut))
@@ -190,7 +190,7 @@ class Gate(nn.Module):
         return self.provided
 
     def _kept_rows(self, batch_size: int) -> Tensor:
-        """The k samples to keep: a fixed number and no value read, so that it compiles."""
+        """The k samples to keep. Their number is fixed and no value is read, so this compiles."""
         k = self.kept(batch_size)
         if self.provided is None:
             return torch.randperm(batch_size, device="cpu")[:k]
@@ -213,7 +213,7 @@ def _take_rows(inputs: Sequence[Tensor], rows: Tensor) -> list[Tensor]:
     return [_TakeRows.apply(x, rows) for x in inputs]
 
 
-_take_rows_eagerly = torch.compiler.disable(_take_rows)  # alone it is not worth a graph, of which there would be many
+_take_rows_eagerly = torch.compiler.disable(_take_rows)  # not worth a graph of its own, and there would be many
 
 
 def _add(
@@ -223,7 +223,7 @@ def _add(
     scale: float,
     activation: Callable[[Tensor], Tensor] | None,
 ) -> Tensor:
-    """The shortcut plus scale * f, where f has all samples, or those of `rows`."""
+    """The shortcut plus scale * f, where f has all samples or only those in `rows`."""
     if rows is None:
         total = torch.add(shortcut, f, alpha=scale)
     else:
@@ -232,11 +232,11 @@ def _add(
 
 
 def gates(network: nn.Module) -> list[Gate]:
-    """The gates of a network, whatever wraps it (DDP, `torch.compile`, feature extractors).
+    """The gates of a network, wrapped or not (by DDP, `torch.compile`, feature extractors).
 
-    Each has its `survival` probability. There is one for each residual branch: each block of the paper's networks, each
-    call of a DropPath in a network that `skip_drop_path` changed. They are in order of registration, which in timm's
-    models is that of execution.
+    There is one per residual branch, with its `survival` probability: one per block in the paper's networks, one per
+    DropPath call in a model converted by `skip_drop_path`. They are in order of registration, which in timm's models is
+    the order of execution.
     """
     return [module for module in network.modules() if isinstance(module, Gate)]
 
@@ -244,14 +244,14 @@ def gates(network: nn.Module) -> list[Gate]:
 def draw_gates(
     survival: Sequence[float] | Tensor, seed: int, step: int, batch_size: int | None = None, mode: str | None = None
 ) -> Tensor:
-    """The gates of training step `step`, drawn as their mode asks: a pure function of the arguments.
+    """The gates of training step `step`, drawn according to their mode: a pure function of the arguments.
 
-    So a resumed run and every process of a distributed one can have the same gates.
+    So a resumed run, and every process of a distributed one, can have the same gates.
 
     Args:
         survival: The survival probability of each of L gates.
-        seed: The run's.
-        step: Counted from the beginning of the run.
+        seed: The run's seed.
+        step: The step, counted from the beginning of the run.
         batch_size: The number of samples B, None in mode "batch".
         mode: "batch", "row" or "count"; by default "batch" without a batch size and "row" with one.
 
@@ -259,7 +259,7 @@ def draw_gates(
         A bool tensor on the CPU, of shape (L,) in mode "batch" and (L, B) in the others.
 
     Raises:
-        ValueError: Not a list of probabilities, an unknown mode, or no batch size for a mode that needs one.
+        ValueError: `survival` is not a list of probabilities, the mode is unknown, or it needs a batch size.
     """
     probabilities = torch.as_tensor(survival, dtype=torch.float64, device="cpu")
     if probabilities.ndim != 1 or not ((probabilities >= 0) & (probabilities <= 1)).all():
@@ -267,7 +267,7 @@ def draw_gates(
     mode = mode or ("batch" if batch_size is None else "row")
     check_choice("mode", mode, MODES)
     if mode != "batch" and batch_size is None:
-        raise ValueError(f"mode={mode!r} draws gates for each sample, so it needs a batch_size")
+        raise ValueError(f"mode={mode!r} draws one gate per sample, so it needs a batch_size")
     shape = (len(probabilities), 1 if mode == "batch" else batch_size)
     uniform = torch.from_numpy(np.random.default_rng([seed, step]).random(shape))
     probabilities = probabilities.unsqueeze(1)
@@ -282,7 +282,7 @@ def draw_gates(
 def use_gates(network: nn.Module | list[Gate], values: Tensor) -> Iterator[None]:
     """Within the context, every training pass of `network` uses these gates.
 
-    The context must hold the backward pass too, since gradient checkpointing computes blocks again there:
+    The context must cover the backward pass too, since gradient checkpointing recomputes blocks there:
 
         survival = [gate.survival for gate in gates(network)]
         with use_gates(network, draw_gates(survival, seed, step)):
@@ -290,9 +290,9 @@ def use_gates(network: nn.Module | list[Gate], values: Tensor) -> Iterator[None]
             loss.backward()
 
     Args:
-        network: Any module that holds gates, wrapped or not; or the list of its gates, which saves a training loop
-            the search for them in every step.
-        values: A bool tensor with a row for each gate, in order: of shape (L,) in mode "batch", (L, B) in the others.
+        network: Any module with gates, wrapped or not, or the list of its gates, which saves looking for them at every
+            step.
+        values: A bool tensor with one row per gate, in order: of shape (L,) in mode "batch", (L, B) in the others.
 
     Raises:
         ValueError: `values` is not such a tensor.

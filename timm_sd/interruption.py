@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C, put off until the training step in hand is done."""
+"""SIGTERM and Ctrl-C, deferred until the current training step is done."""
 
 import signal
 from types import FrameType
@@ -8,11 +8,11 @@ from accelerate import Accelerator
 
 
 class Interruption:
-    """Within the context, the two signals are noted instead of ending the process."""
+    """Within the context, the two signals are recorded instead of ending the process."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.signal = 0
-        # A group of the hosts' own: asking through the GPUs' would make each host wait for its GPU.
+        # A separate group for the hosts: going through the GPUs' group would make each host wait for its GPU.
         self.hosts = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
 
     def __enter__(self) -> "Interruption":
@@ -27,7 +27,7 @@ class Interruption:
         self.signal = number
 
     def noted(self) -> str | None:
-        """The name of a signal that reached any process, the same in all of them: each must ask after each step."""
+        """The name of a signal that reached any process, the same in all of them: each must call this at every step."""
         number = torch.tensor(self.signal)
         if self.hosts is not None:
             torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX, group=self.hosts)

@@ -1,4 +1,4 @@
-"""What a program asks of the machine that it runs on: Accelerate's set-up, the cores, and what to record of them."""
+"""The machine that a script runs on: setting up Accelerate, using its cores, and what to record about it."""
 
 import os
 import platform
@@ -19,23 +19,24 @@ CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 def start(**kwargs) -> Accelerator:
-    """What Accelerate's launcher or variables ask for, on all cores. Raises UserError for what cannot be."""
+    """What Accelerate's launcher or variables ask for, on all cores. Raises UserError if that is not possible."""
     try:
         accelerator = Accelerator(**kwargs)
         use_all_cores()
-    except Exception as error:  # of any type: what the environment says is met all over Accelerate and PyTorch
+    except Exception as error:  # of any type: environment variables are read all over Accelerate and PyTorch
         raise UserError(
-            f"Accelerate cannot start ({type(error).__name__}: {error}): check its variables and its launcher's flags"
+            f"Accelerate cannot start ({type(error).__name__}: {error}): check its environment variables and launcher"
+            " flags"
         ) from error
     if accelerator.device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"ACCELERATE_TORCH_DEVICE={accelerator.device}: there is no CUDA here")
+        raise UserError(f"ACCELERATE_TORCH_DEVICE={accelerator.device}: CUDA is not available")
     return accelerator
 
 
 def use_all_cores() -> None:
-    """Share the cores among this machine's processes of the run, unless OMP_NUM_THREADS says otherwise.
+    """Divide the cores among the run's processes on this machine, unless OMP_NUM_THREADS says otherwise.
 
-    A launcher sets it to 1 where the user has not set it, so under a launcher 1 does not count.
+    Launchers set it to 1 if the user has not set it, so under a launcher 1 does not count.
     """
     asked = os.environ.get("OMP_NUM_THREADS")
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "LOCAL_RANK" in os.environ
@@ -45,17 +46,17 @@ def use_all_cores() -> None:
 
 
 def cores() -> int:
-    """Those that this process may use, by its affinity and its container's quota."""
+    """The number of cores that this process may use, by its affinity and its container's quota."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = CPU_QUOTA.read_text(encoding="utf-8").split()
         return min(count, max(1, int(quota) // int(period)))
-    except (OSError, ValueError):  # no control group, or "max"
+    except (OSError, ValueError):  # no cgroup, or "max"
         return count
 
 
 def environment(accelerator: Accelerator) -> dict[str, str | int | None]:
-    """Where a run takes place: what its last bits may depend on, beside its options."""
+    """Where a run takes place: what its exact results may depend on besides its options."""
     cuda = accelerator.device.type == "cuda"
     return dict(
         processes=accelerator.num_processes,
@@ -71,7 +72,7 @@ def environment(accelerator: Accelerator) -> dict[str, str | int | None]:
 
 
 def processor() -> str:
-    """The CPU's name where the system tells it, its architecture elsewhere."""
+    """The CPU's name if the system tells it, otherwise its architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -81,11 +82,11 @@ def processor() -> str:
 
 
 def git_commit() -> str | None:
-    """The commit of the checkout this package runs from, marked if files were changed since; None outside of one."""
+    """The commit of the checkout that this package runs from, with `-dirty` if files have changed; None outside one."""
     folder = Path(__file__).parent
     describe = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     try:
-        # Installed beneath another project's checkout, the package is not part of it.
+        # A package installed inside another project's checkout is not part of it.
         subprocess.run(["git", "ls-files", "--error-unmatch", __file__], cwd=folder, capture_output=True, check=True)
         return subprocess.run(describe, cwd=folder, capture_output=True, check=True, text=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

@@ -1,4 +1,4 @@
-"""The card of a run's weights on the Hub: every figure in it comes from the run's own files."""
+"""The model card of a run's weights on the Hub: every number in it comes from the run's own files."""
 
 from datetime import timedelta
 from pathlib import Path
@@ -13,17 +13,17 @@ from .options import Options
 from .record import Record
 
 TEMPLATE = Path(__file__).parent / "model_card.md.jinja"
-DATASET_NAMES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "synthetic": "timm-sd's drawn shapes"}
+DATASET_NAMES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "synthetic": "timm-sd's synthetic shapes"}
 HUB_DATASETS = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
 PRECISIONS = {"no": "float32", "bf16": "bfloat16 (autocast)"}
 LR_SCHEDULES_IN_WORDS = {
-    "steps": "learning rate {lr:g}, a tenth of it from half of the epochs on and a hundredth from three quarters",
-    "one-cycle": "learning rate in a line up to {lr:g} within the first fifth of the steps, then in a line down to 0",
+    "steps": "learning rate {lr:g}, divided by 10 after half of the epochs and again after three quarters",
+    "one-cycle": "learning rate rising linearly to {lr:g} in the first fifth of the steps, then falling linearly to 0",
 }
 
 
 def deviations(record: Record) -> list[str]:
-    """What this run has not of the paper's protocol, beside what the README says of all runs."""
+    """Where this run deviates from the paper's protocol, apart from what docs/method.md lists for all runs."""
     theirs, ours = Options(), record.options
     names = {
         "epochs": "epochs",
@@ -33,37 +33,37 @@ def deviations(record: Record) -> list[str]:
         "weight_decay": "weight decay",
     }
     found = [
-        f"{words} {getattr(ours, name)} (the paper's: {getattr(theirs, name)})"
+        f"{words} {getattr(ours, name)} (paper: {getattr(theirs, name)})"
         for name, words in names.items()
         if getattr(ours, name) != getattr(theirs, name)
     ]
     if record.stochastic and record.survival[-1] != 0.5:
-        found.append(f"p_L {record.survival[-1]:g} (the paper's: 0.5)")
+        found.append(f"p_L {record.survival[-1]:g} (paper: 0.5)")
     if record.stochastic and ours.drop_path_schedule != "linear":
-        found.append("uniform survival probabilities (the paper's: linear)")
+        found.append("uniform survival probabilities (paper: linear)")
     if record.mixed_precision != "no":
-        found.append(f"computed in {PRECISIONS[record.mixed_precision]} (the paper's: float32)")
+        found.append(f"computed in {PRECISIONS[record.mixed_precision]} (paper: float32)")
     if any(where["processes"] > 1 for where in record.environments) and not ours.sync_bn:
-        found.append("batches normalised in the parts that each process has (the paper's: whole)")
+        found.append("batch normalization over each process's part of the batch (paper: the whole batch)")
     if ours.grad_checkpointing:
-        found.append("blocks computed twice, so running statistics moved twice a step")
+        found.append("blocks computed twice, so running statistics updated twice per step")
     if ours.dataset == "synthetic":
-        found.append("drawn shapes (the paper's: CIFAR)")
+        found.append("synthetic shapes (paper: CIFAR)")
     return found
 
 
 def model_card(record: Record, network: CifarResNet, name: str, address: str | None, sha256: str) -> ModelCard:
-    """The card of what `record` tells and its network, called `name`.
+    """The model card of a run and its network, called `name`.
 
-    `address` is where it will be on the Hub, NAMESPACE/NAME or NAMESPACE/NAME@REVISION, None if it will not. The
-    weights' SHA-256 tells whether they are also those of the package.
+    `address` is its future address on the Hub, NAMESPACE/NAME or NAMESPACE/NAME@REVISION, None if it has none. The
+    weights' SHA-256 tells whether they also come with the package.
     """
     options, best = record.options, record.best
     where = record.environments[0]
     on_cpu = where["device"] == "cpu"
     dataset, hub_dataset = DATASET_NAMES[options.dataset], HUB_DATASETS.get(options.dataset)
     published = record.published
-    beside = f"beside the paper's {published}%" if published else "which the paper has no figure for"
+    beside = f"the paper's is {published}%" if published else "no published result"
     result = dict(
         task_type="image-classification",
         task_name="Image Classification",
@@ -100,8 +100,8 @@ def model_card(record: Record, network: CifarResNet, name: str, address: str | N
         template_path=str(TEMPLATE),
         name=name,
         summary=(
-            f"**{best['test_error']:.2f}% test error on {dataset}** at the best validation error, {beside}: one run of"
-            f" {options.epochs} epochs, seed {options.seed}."
+            f"**{best['test_error']:.2f}% test error on {dataset}** at the best validation error ({beside}), from one"
+            f" run of {options.epochs} epochs with seed {options.seed}."
         ),
         deviations=deviations(record),
         options=options,
@@ -119,7 +119,7 @@ def model_card(record: Record, network: CifarResNet, name: str, address: str | N
         sizes=split_sizes(LEARNING_IMAGES[options.dataset]),
         schedule=LR_SCHEDULES_IN_WORDS[options.lr_schedule].format(lr=options.lr),
         survival=(
-            f"survival probabilities {options.drop_path_schedule}, p_L = {record.survival[-1]:g}"
+            f"{options.drop_path_schedule} survival probabilities with p_L = {record.survival[-1]:g}"
             if record.stochastic
             else "no block is dropped"
         ),

@@ -1,4 +1,4 @@
-"""What a training run is asked to be: each option is declared once, for Python, config.json and the command line."""
+"""The options of a training run, each declared once for Python, config.json and the command line."""
 
 import argparse
 import math
@@ -17,8 +17,8 @@ MODELS = tuple(timm.list_models(module="cifar_resnet"))
 DATASETS = ("cifar10", "cifar100", "synthetic")
 LR_SCHEDULES = ("steps", "one-cycle")
 PAPER_EPOCHS = 500
-# Groups of the command line's help.
-RUN, COMPUTATION, OUTPUT = "the run", "how it is computed", "what it writes"
+# Groups of options in --help.
+RUN, COMPUTATION, OUTPUT = "training", "computation", "output"
 AT_LEAST_1 = (lambda value: value >= 1, "at least 1")
 
 
@@ -30,9 +30,9 @@ def option(
     valid: tuple[Callable[[Any], bool], str] | None = None,
     free: bool = False,
 ) -> Any:
-    """A field of `Options`: its `choices`, or which values are `valid` and that in words.
+    """A field of `Options`, with its `choices`, or with a test for `valid` values and its description.
 
-    A `free` one leaves the weights alone, so a resumed run may change it.
+    A `free` one does not affect the weights, so a resumed run may change it.
     """
     return field(default=default, metadata=dict(group=group, help=help, choices=choices, valid=valid, free=free))
 
@@ -41,38 +41,38 @@ def option(
 class Options:
     """The options of a run. The defaults are the authors' protocol on CIFAR-10.
 
-    Raises UserError for a value of another type, or one that is not valid.
+    Raises UserError for a value of the wrong type or one that is not valid.
     """
 
-    model: str = option("cifar_resnet110_sd", RUN, "a cifar_resnet network of timm_sd", MODELS)
-    dataset: str = option("cifar10", RUN, "the images", DATASETS)
-    data_dir: Path = option(Path("data"), RUN, "folder of torchvision's CIFAR files", free=True)
-    download: bool = option(False, RUN, "download the CIFAR files into the data folder", free=True)
+    model: str = option("cifar_resnet110_sd", RUN, "one of timm_sd's networks", MODELS)
+    dataset: str = option("cifar10", RUN, "the data set", DATASETS)
+    data_dir: Path = option(Path("data"), RUN, "folder with torchvision's CIFAR files", free=True)
+    download: bool = option(False, RUN, "download the CIFAR files to --data-dir", free=True)
     epochs: int = option(PAPER_EPOCHS, RUN, "passes over the training images", valid=AT_LEAST_1)
-    batch_size: int = option(128, RUN, "images per step, over all processes", valid=AT_LEAST_1)
-    lr: float = option(0.1, RUN, "highest learning rate", valid=(lambda lr: 0 < lr < math.inf, "positive and finite"))
-    lr_schedule: str = option("steps", RUN, "steps, the authors', or one-cycle for few epochs", LR_SCHEDULES)
+    batch_size: int = option(128, RUN, "images per step, across all processes", valid=AT_LEAST_1)
+    lr: float = option(0.1, RUN, "peak learning rate", valid=(lambda lr: 0 < lr < math.inf, "positive and finite"))
+    lr_schedule: str = option("steps", RUN, "steps (the authors') or one-cycle (for short runs)", LR_SCHEDULES)
     weight_decay: float = option(
-        1e-4, RUN, "on every parameter", valid=(lambda decay: 0 <= decay < math.inf, "at least 0 and finite")
+        1e-4, RUN, "applied to every parameter", valid=(lambda decay: 0 <= decay < math.inf, "at least 0 and finite")
     )
     drop_path: float | None = option(
-        None, RUN, "1 - p_L; the network's own unless given", valid=(lambda rate: 0 <= rate < 1, "in [0, 1)")
+        None, RUN, "1 - p_L; if omitted, the network's own", valid=(lambda rate: 0 <= rate < 1, "in [0, 1)")
     )
-    drop_path_schedule: str = option("linear", RUN, "linear, the paper's, or uniform", SCHEDULES)
+    drop_path_schedule: str = option("linear", RUN, "linear (the paper's) or uniform", SCHEDULES)
     seed: int = option(
-        0, RUN, "seed of everything random in the run", valid=(lambda seed: 0 <= seed < 2**32, "in [0, 2^32)")
+        0, RUN, "seed for everything random in the run", valid=(lambda seed: 0 <= seed < 2**32, "in [0, 2^32)")
     )
-    sync_bn: bool = option(False, COMPUTATION, "normalize over the whole batch, not each GPU's part of it")
-    grad_checkpointing: bool = option(False, COMPUTATION, "compute blocks twice to save memory")
+    sync_bn: bool = option(False, COMPUTATION, "normalize over the whole batch instead of each GPU's part")
+    grad_checkpointing: bool = option(False, COMPUTATION, "recompute blocks in the backward pass to save memory")
     cuda_graphs: bool = option(False, COMPUTATION, "replay blocks as CUDA graphs; no effect without CUDA")
     output: Path | None = option(
-        None, OUTPUT, "the run's folder; one in output/ named after its options unless given", free=True
+        None, OUTPUT, "the run's folder; if omitted, one in output/ named after its options", free=True
     )
     resume: bool = option(False, OUTPUT, "continue from the folder's newest checkpoint", free=True)
     checkpoint_steps: int | None = option(
-        None, OUTPUT, "steps between checkpoints, beside the one after each epoch", valid=AT_LEAST_1, free=True
+        None, OUTPUT, "steps between checkpoints, in addition to one after each epoch", valid=AT_LEAST_1, free=True
     )
-    keep_checkpoints: int = option(2, OUTPUT, "checkpoints to keep", valid=AT_LEAST_1, free=True)
+    keep_checkpoints: int = option(2, OUTPUT, "number of checkpoints to keep", valid=AT_LEAST_1, free=True)
     log_with: str | None = option(None, OUTPUT, "one of Accelerate's trackers: tensorboard, wandb, ...", free=True)
 
     def __post_init__(self) -> None:
@@ -87,13 +87,13 @@ class Options:
             if valid and value is not None and not valid[0](value):
                 raise UserError(f"{flag(name)} {value}: it must be {valid[1]}")
         if self.output_dir == self.output_dir.parent:
-            raise UserError(f"--output {self.output}: it must be a folder of the run's own")
+            raise UserError(f"--output {self.output}: a run needs a folder of its own")
         if self.cuda_graphs and self.grad_checkpointing:
-            raise UserError("--cuda-graphs keeps every activation: leave out --grad-checkpointing")
+            raise UserError("--cuda-graphs keeps every activation: omit --grad-checkpointing")
 
     @property
     def output_dir(self) -> Path:
-        """The run's folder, an absolute path."""
+        """The run's folder as an absolute path."""
         named = ("model", "dataset", "seed")
         others = [
             f"-{name.replace('_', '-')}{getattr(self, name)}"
@@ -105,12 +105,12 @@ class Options:
 
     @property
     def data_tag(self) -> str:
-        """The network's name with the tag of its data configuration, as timm knows it."""
+        """The network's name with the tag of its data configuration, as registered with timm."""
         return f"{self.model}.{'cifar10' if self.dataset == 'synthetic' else self.dataset}"
 
     @property
     def weights_tag(self) -> str:
-        """The name of the run's weights: their tag says the recipe, unless it is as long as the paper's."""
+        """The name of the run's weights; the tag names the recipe, unless the run is as long as the paper's."""
         recipe = "" if self.epochs == PAPER_EPOCHS else f"e{self.epochs}_"
         return f"{self.model}.{recipe}{self.dataset}"
 
@@ -119,12 +119,12 @@ BOUND_OPTIONS = tuple(declared.name for declared in fields(Options) if not decla
 
 
 def flag(name: str) -> str:
-    """An option as the command line has it."""
+    """An option's name on the command line."""
     return f"--{name.replace('_', '-')}"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Give a command line all the options, as arguments for `Options`."""
+    """Add all the options to a parser, as arguments for `Options`."""
     kinds = get_type_hints(Options)
     groups = {title: parser.add_argument_group(title) for title in (RUN, COMPUTATION, OUTPUT)}
     for declared in fields(Options):
@@ -143,7 +143,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _is_a(value: object, kind: type) -> bool:
-    """Whether a value is of a type, integers being floats too, and bools being neither."""
+    """Whether a value has a type; integers count as floats too, bools as neither."""
     if isinstance(value, bool):
         return kind is bool
     return isinstance(value, kind) or (isinstance(value, int) and isinstance(0.0, kind) and abs(value) < 2**53)

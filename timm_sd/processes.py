@@ -1,4 +1,4 @@
-"""What the processes of a run do together."""
+"""Coordination between the processes of a run."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def on_all_processes(action: Callable[[], T]) -> T:
-    """The result of what each process does, one of each machine ahead of the others; any UserError is everyone's."""
+    """The result of `action`, run in every process, one per machine first; a UserError in any is raised in all."""
     result = message = None
     with PartialState().local_main_process_first():
         try:
@@ -27,7 +27,7 @@ def on_all_processes(action: Callable[[], T]) -> T:
 
 
 def on_main_process(action: Callable[[], T]) -> T:
-    """The result of what the main process does for all of them; its UserError is everyone's."""
+    """The result of `action`, run in the main process for all of them; a UserError is raised in all."""
     outcome = [None, None]
     if PartialState().is_main_process:
         try:
@@ -41,9 +41,9 @@ def on_main_process(action: Callable[[], T]) -> T:
 
 
 def mean_in_order(_: None, bucket: torch.distributed.GradBucket) -> torch.futures.Future[Tensor]:
-    """The processes' mean gradient, summed in their order.
+    """The mean gradient of the processes, summed in order of rank.
 
-    Gloo's own sum takes another order for each place in a bucket, and DDP's buckets are others after a resume.
+    Gloo's own order of summation depends on the position in a bucket, and DDP's buckets differ after resuming.
     """
     mine = bucket.buffer()
     parts = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size())]

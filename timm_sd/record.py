@@ -1,4 +1,4 @@
-"""A run as its folder tells it, in config.json and metrics.jsonl alone."""
+"""A finished run, read from its folder's config.json and metrics.jsonl alone."""
 
 import math
 import re
@@ -14,18 +14,18 @@ from .data import LEARNING_IMAGES, split_sizes
 from .errors import UserError
 from .gate import gates
 from .options import BOUND_OPTIONS, Options, flag
-from .run_folder import Progress, RunFolder, read_config, summarise
+from .run_folder import Progress, RunFolder, read_config, summarize
 
-# What every environment says. (Of NumPy, earlier versions said nothing.)
+# The entries of every environment. (Earlier versions did not record NumPy.)
 COUNTS = ("processes", "threads")
 WORDS = ("device", "processor", "dynamo_backend", "timm_sd", "python", "torch", "torchvision", "timm", "accelerate")
 OPTIONAL_WORDS = ("git_commit", "numpy", "since")
 
 
 def read_options(path: Path) -> Options:
-    """What the run of a folder was asked to be, without what leaves its weights alone.
+    """The options of a folder's run, without those that do not affect its weights.
 
-    Raises UserError if the folder holds no run, or one of another version of this package.
+    Raises UserError if the folder contains no run, or one from another version of this package.
     """
     return _options(path, read_config(path))
 
@@ -34,31 +34,32 @@ def _options(path: Path, config: dict) -> Options:
     try:
         return Options(**{name: config["options"][name] for name in BOUND_OPTIONS})
     except KeyError as error:
-        raise UserError(f"{path / 'config.json'} has no option {error}: it is of another version or damaged") from error
+        raise UserError(f"{path / 'config.json'} is from another version or damaged: no option {error}") from error
     except UserError as error:
-        raise UserError(f"{path / 'config.json'} is of another version or damaged: {error}") from error
+        raise UserError(f"{path / 'config.json'} is from another version or damaged: {error}") from error
 
 
 def _check_environment(path: Path, where: dict) -> None:
-    """Raise UserError unless it says what `machine.environment` does, in words that can stand in a page's table."""
+    """Raise UserError unless it has the entries of `machine.environment`, in words that fit in a Markdown table."""
 
     def is_word(value: object) -> bool:
         return isinstance(value, str) and value.isprintable() and not re.search(r"[|`<>{}\\]", value)
 
-    possible = {name: type(where.get(name)) is int and where[name] > 0 for name in COUNTS}
+    possible = {name: type(where.get(name)) is int and 0 < where[name] < 2**31 for name in COUNTS}
     possible |= {name: is_word(where.get(name)) for name in WORDS}
     possible |= {name: where.get(name) is None or is_word(where[name]) for name in OPTIONAL_WORDS}
+    possible |= dict.fromkeys(where.keys() - possible.keys(), False)
     for name, is_possible in possible.items():
         if not is_possible:
             raise UserError(
-                f"{path / 'config.json'}: {name} is missing or cannot be {where.get(name)!r}: it is of another version"
-                " or damaged"
+                f"{path / 'config.json'} is from another version or damaged: {name} is missing or not valid"
+                f" ({where.get(name)!r})"
             )
 
 
 @dataclass(frozen=True)
 class Record:
-    """A finished run: what was asked for, where it ran, as `machine.environment` says it, and its epochs' metrics."""
+    """A finished run: its options, the `machine.environment` of each place it ran in, and the metrics of its epochs."""
 
     path: Path
     options: Options
@@ -68,55 +69,55 @@ class Record:
 
     @classmethod
     def read(cls, path: Path) -> "Record":
-        """What a folder tells. Raises UserError if it holds no run, an unfinished one, or damaged files."""
+        """The run in a folder. Raises UserError if there is none, or it is unfinished or damaged."""
         config = read_config(path)
         options = _options(path, config)
         for where in config["environments"]:
             _check_environment(path, where)
         precision = config["options"].get("mixed_precision")
         if precision not in ("no", "bf16"):
-            raise UserError(f"{path / 'config.json'} does not say mixed_precision: it is of another version or damaged")
+            raise UserError(f"{path / 'config.json'} is from another version or damaged: no valid mixed_precision")
         folder = RunFolder(path)
         try:
             history = folder.read_metrics()
         except FileNotFoundError:
             history = []
         except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"{folder.metrics} is damaged ({error}): train.py --resume writes it again") from error
+            raise UserError(f"{folder.metrics} is damaged ({error}): train.py --resume rewrites it") from error
         if len(history) != options.epochs:
             raise UserError(
-                f"{path} holds an unfinished run, {len(history)} of {options.epochs} epochs: train.py --resume ends it"
+                f"{path} is unfinished ({len(history)} of {options.epochs} epochs): train.py --resume finishes it"
             )
         return cls(path, options, precision, config["environments"], history)
 
     @property
     def best(self) -> dict[str, float]:
-        """The figures of the lowest validation error."""
+        """The metrics of the epoch with the lowest validation error."""
         return Progress(self.history).best
 
     @property
     def last(self) -> dict[str, float]:
-        """The figures of the last epoch."""
+        """The metrics of the last epoch."""
         return self.history[-1]
 
     @property
     def summary(self) -> dict[str, object]:
-        """The result, as summary.json has it."""
-        return summarise(self.options, self.history)
+        """The result, as in summary.json."""
+        return summarize(self.options, self.history)
 
     @property
     def seconds(self) -> float:
-        """Of all epochs, evaluation included."""
+        """The time of all epochs, evaluation included."""
         return self.summary["seconds"]
 
     @property
     def images(self) -> int:
-        """Those trained with in an epoch."""
+        """Training images per epoch."""
         return split_sizes(LEARNING_IMAGES[self.options.dataset])[0]
 
     @property
     def steps(self) -> int:
-        """An epoch."""
+        """Steps per epoch."""
         return math.ceil(self.images / self.options.batch_size)
 
     @cached_property
@@ -138,12 +139,12 @@ class Record:
 
     @property
     def stochastic(self) -> bool:
-        """Whether it is of stochastic depth."""
+        """Whether the network has stochastic depth."""
         return self.survival[-1] < 1
 
     @property
     def traits(self) -> dict[str, object]:
-        """All that makes the run what it is; those with equal traits are the same run."""
+        """Everything that defines the run: runs with equal traits are the same."""
         names = [name for name in BOUND_OPTIONS if name not in ("model", "drop_path", "drop_path_schedule")]
         return dict(
             depth=self.depth,
@@ -163,12 +164,12 @@ class Record:
 
     @property
     def command(self) -> str:
-        """What trains it again."""
+        """The command that reproduces the run."""
         environment = self.environments[0]
         words = ["accelerate", "launch"]
         if environment["processes"] > 1:
             words += ["--multi_gpu", "--num_processes", environment["processes"]]
-            if environment["device"] == "cpu":  # what makes --multi_gpu start processes without a GPU
+            if environment["device"] == "cpu":  # lets --multi_gpu start processes without a GPU
                 words = ["ACCELERATE_USE_CPU=1", *words]
         if self.mixed_precision != "no":
             words += ["--mixed_precision", self.mixed_precision]

@@ -1,4 +1,4 @@
-"""What runs show: which of them may be compared, and the page that puts them beside the paper."""
+"""Which runs may be compared, and the page that compares them with the paper."""
 
 from collections.abc import Sequence
 from datetime import timedelta
@@ -14,34 +14,34 @@ from .record import Record
 
 TEMPLATE = "results.md.jinja"
 CAPTIONS = {
-    "figure3": "Test error (thick, left) and training loss (thin, right) by epoch, as the paper's Figure 3",
-    "figure2": "Survival probability by block and the share of steps it was active, as the paper's Figure 2",
-    "figure7": "Mean absolute gradient of the first convolution by epoch, as the paper's Figure 7",
-    "figure8": "Test error against p_L and against depth, as the paper's Figure 8",
-    "time": "Training time of an epoch, and its ratio beside the published ones",
+    "figure3": "Test error (thick, left) and training loss (thin, right) by epoch, as in the paper's Figure 3",
+    "figure2": "Survival probability by block and the share of steps it was active, as in the paper's Figure 2",
+    "figure7": "Mean absolute gradient of the first convolution by epoch, as in the paper's Figure 7",
+    "figure8": "Test error against p_L and against depth, as in the paper's Figure 8",
+    "time": "Training time per epoch, and its ratio next to the published ones",
 }
 
 
 def check_alike(records: Sequence[Record], but: Sequence[str]) -> None:
-    """Raise a UserError that names two runs and what they differ in, beside the traits `but`, or that are the same."""
+    """Raise a UserError naming two runs that are the same, or that differ in a trait that is not among `but`."""
     first = records[0]
     for record in records[1:]:
         for trait, value in record.traits.items():
             if trait not in but and value != first.traits[trait]:
                 raise UserError(
-                    f"{first.path} and {record.path} are not to be mixed, they differ in {trait}"
-                    f" ({first.traits[trait]}, {value}): draw them apart"
+                    f"{first.path} and {record.path} cannot be compared, they differ in {trait}"
+                    f" ({first.traits[trait]}, {value}): plot them separately"
                 )
     for index, record in enumerate(records):
         for other in records[:index]:
             if record.traits == other.traits:
-                raise UserError(f"{other.path} and {record.path} are the same run, of seed {record.options.seed}")
+                raise UserError(f"{other.path} and {record.path} are the same run, with seed {record.options.seed}")
 
 
 def compare(records: Sequence[Record]) -> Groups:
-    """The runs of constant and of stochastic depth, or of one of them, which may differ in their seed alone.
+    """The runs of constant and stochastic depth, or just one of them; those of a group may differ only in their seed.
 
-    Raises UserError if there is another difference, in depth for example, or the same run twice.
+    Raises UserError if there is another difference, such as in depth, or the same run twice.
     """
     check_alike(records, but=("seed", "p_1", "p_L"))
     groups = {}
@@ -53,7 +53,7 @@ def compare(records: Sequence[Record]) -> Groups:
 
 
 def same_machine(groups: Groups) -> bool:
-    """Whether there are both groups, and their times can be compared."""
+    """Whether there are both groups and their times can be compared."""
     machines = {
         (environment["device"], environment["processor"], environment["processes"], environment["threads"])
         for records in groups.values()
@@ -64,9 +64,9 @@ def same_machine(groups: Groups) -> bool:
 
 
 def page(groups: Groups, sweep: Sequence[Record], figures: Sequence[str], command: str) -> str:
-    """results.md: each run beside the paper, the figures, and what the compared runs say to each of its claims.
+    """results.md: each run next to the paper's, the figures, and what the compared runs show about each of its claims.
 
-    `figures` are the names of those drawn, keys of `CAPTIONS`; `command` is what made it all.
+    `figures` are the keys of `CAPTIONS` that were drawn; `command` is the command that made the page.
     """
     compared = [record for group in groups.values() for record in group]
     records = compared + [record for record in sweep if record.path not in {record.path for record in compared}]

@@ -1,15 +1,15 @@
-"""What a run leaves on disk, every file of it whole at any moment:
+"""The files that a run writes, each complete at any moment:
 
     config.json         the options, and the environments it ran in
-    metrics.jsonl       a line of metrics for each epoch
-    model.safetensors   the weights of the lowest validation error
+    metrics.jsonl       one line of metrics per epoch
+    model.safetensors   the weights with the lowest validation error
     summary.json        the result and the weights' SHA-256, once the run is finished
     checkpoints/        the last few states to resume from
     lock                held by the process that trains
 
-A checkpoint holds the whole truth of its moment, configuration, metrics and best weights included, and the SHA-256 of
-each of its files. What is beside it lays that out for the reader, anew when a run is resumed, so it never tells of
-steps that were lost.
+A checkpoint is self-contained: it includes the configuration, metrics and best weights, and the SHA-256 of each of its
+files. The files next to it are copies for the reader. Resuming rewrites them, so they never include steps that were
+lost.
 """
 
 import errno
@@ -21,7 +21,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 from accelerate import Accelerator
@@ -54,18 +53,23 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def check_metrics(history: list[dict[str, float]]) -> None:
-    """Raise ValueError or TypeError unless it has the metrics of epochs 1, 2, ..., each a number that can be."""
+    """Raise ValueError or TypeError unless `history` has the metrics of epochs 1, 2, ..., each a possible number."""
     for epoch, line in enumerate(history, start=1):
         possible = isinstance(line, dict) and line.keys() == set(METRICS) and line["epoch"] == epoch
         for name, value in line.items() if possible else ():
-            highest = 100 if name.endswith("_error") else 1e300
+            highest = 100 if name.endswith("_error") else 1e15
             possible &= type(value) in (int, float) and 0 <= value <= highest and (value > 0 or name not in POSITIVE)
         if not possible:
-            raise ValueError(f"line {epoch} is not the metrics of epoch {epoch}")
+            raise ValueError(f"line {epoch} does not have the metrics of epoch {epoch}")
 
 
-def summarise(options: Options, history: list[dict[str, float]]) -> dict[str, object]:
-    """The result of a run: the paper's number is the test error at the lowest validation error."""
+def write_metrics(file: Path, history: list[dict[str, float]]) -> None:
+    """Write one line of metrics per epoch."""
+    write(file, "".join(json.dumps(line) + "\n" for line in history).encode())
+
+
+def summarize(options: Options, history: list[dict[str, float]]) -> dict[str, object]:
+    """The result of a run; the paper reports the test error at the lowest validation error."""
     best = Progress(history).best
     return dict(
         model=options.model,
@@ -82,10 +86,10 @@ def summarise(options: Options, history: list[dict[str, float]]) -> dict[str, ob
 
 @dataclass
 class Progress:
-    """How far a run has come: the metrics of the epochs done, and what the next line is made of.
+    """How far a run has come: the metrics of the finished epochs, and the totals so far of the current one.
 
-    Of the current epoch, `steps` of which are done: `sums`, a row of each process's sums over its images;
-    `active_blocks`, summed over the steps; and `seconds`.
+    Of the current epoch, `steps` are done; `sums` has one row per process, of sums over its images; `active_blocks` is
+    summed over the steps; and `seconds` have passed.
     """
 
     history: list[dict[str, float]] = field(default_factory=list)
@@ -101,17 +105,17 @@ class Progress:
 
     @property
     def best(self) -> dict[str, float]:
-        """The metrics of the lowest validation error, the first of equals."""
+        """The metrics of the epoch with the lowest validation error, the first of ties."""
         return min(self.history, key=lambda line: line["validation_error"])
 
     @property
     def name(self) -> str:
-        """What a checkpoint of this moment is called."""
+        """The name of a checkpoint at this point."""
         return f"epoch-{self.epoch:05d}-step-{self.steps:06d}"
 
 
 class RunFolder:
-    """The files of one run. All but `load` are for the main process alone; all raise UserError."""
+    """The files of one run. All methods but `load` are for the main process only; all raise UserError."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -122,13 +126,13 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.lock = FileLock(path / "lock")
         self.configuration: dict = {}
-        self.last: Path | None = None  # the checkpoint of the present moment, if there is one
+        self.last: Path | None = None  # the newest checkpoint, if any
 
     def open(self, options: dict, environment: dict, resume: bool) -> tuple[Progress, str]:
-        """Take the folder until `close`, and begin a run in it, or with `resume` continue the one that is there.
+        """Lock the folder until `close`, and start a run in it or, with `resume`, continue the existing one.
 
-        Returns how far that has come, and in words how the environment differs from the one before. `last` is then the
-        checkpoint to load, None at the beginning. A run of other options is not touched, nor is any without `resume`.
+        Returns its progress, and in words how the environment differs from the previous one. `last` is then the
+        checkpoint to load, None for a new run. An existing run is never touched without `resume` or with other options.
         """
         with self._writing():
             self.path.mkdir(parents=True, exist_ok=True)
@@ -139,8 +143,8 @@ class RunFolder:
             everything = self._all_checkpoints()
             if not everything or not resume:
                 if everything or self.metrics.exists() or self.weights.exists():
-                    way_out = "--resume continues it, or " if everything else ""
-                    raise UserError(f"{self.path} already holds a run: {way_out}choose another --output")
+                    way_out = "continue it with --resume, or " if everything else ""
+                    raise UserError(f"{self.path} already has a run: {way_out}choose another --output")
                 self.configuration = {"options": options, "environments": [environment]}
                 write_json(self.config, self.configuration)
                 return Progress(), ""
@@ -149,28 +153,27 @@ class RunFolder:
         self.configuration, progress = self._read(self.last)
         bound = {name: options[name] for name in (*BOUND_OPTIONS, "mixed_precision")}
         if differing := _differences(self.configuration["options"], bound):
-            raise UserError(f"{self.path} holds a run of another configuration ({differing}): choose another --output")
+            raise UserError(f"{self.path} has a run with different options ({differing}): choose another --output")
         environments = self.configuration["environments"]
         if differing := _differences(environments[-1], environment):
             environments.append(environment | {"since": self.last.name})
-        self._lay_out(progress)
         return progress, differing
 
     def close(self) -> None:
-        """Let other processes have the folder."""
+        """Unlock the folder."""
         self.lock.release()
 
     def load(self, checkpoint: Path, accelerator: Accelerator) -> None:
-        """Bring what `accelerator` prepared into the state of a checkpoint."""
+        """Restore what `accelerator` prepared from a checkpoint."""
         try:
             accelerator.load_state(checkpoint)
-        except (OSError, ValueError, TypeError, RuntimeError, EOFError, UnpicklingError, SafetensorError) as error:
+        except Exception as error:  # of any type: PyTorch and Accelerate trust what they read
             raise self._damaged(checkpoint, error) from error
 
     def save(self, accelerator: Accelerator, progress: Progress, keep: int, best: nn.Module | None = None) -> None:
-        """Write a checkpoint and lay it out, then delete all but the newest `keep`.
+        """Write a checkpoint and update the files next to it, then delete all but the newest `keep`.
 
-        `best` has the best weights if they are new; otherwise they are those of the checkpoint before.
+        `best` has the best weights if they are new; otherwise they are copied from the previous checkpoint.
         """
         checkpoint = self.checkpoints / progress.name
         if checkpoint == self.last:  # a run that was resumed and stopped before another step
@@ -201,62 +204,66 @@ class RunFolder:
                 shutil.rmtree(partial, ignore_errors=True)
                 raise
             self.last = checkpoint
-            self._lay_out(progress)
+            self.lay_out(progress)
             for old in self._all_checkpoints()[:-keep]:
                 shutil.rmtree(old)
 
     def finish(self, summary: dict) -> None:
-        """Write the result of the run, with the SHA-256 of its weights."""
+        """Write the result of the run, including the SHA-256 of its weights."""
         with self._writing():
             write_json(self.summary, summary | {"sha256": sha256(self.weights)})
 
     def read_metrics(self) -> list[dict[str, float]]:
-        """The metrics of every epoch done. Raises OSError, ValueError or TypeError if they are missing or damaged."""
+        """The metrics of finished epochs. Raises OSError, ValueError or TypeError if they are missing or damaged."""
         history = [parse_json(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
         check_metrics(history)
         return history
 
     def _all_checkpoints(self) -> list[Path]:
-        """From the oldest to the newest."""
+        """All checkpoints, oldest first."""
         found = {path: re.fullmatch(r"epoch-(\d+)-step-(\d+)", path.name) for path in self.checkpoints.glob("epoch-*")}
-        numbers = {path: tuple(map(int, match.groups())) for path, match in found.items() if match}
+        numbers = {path: tuple(map(int, match.groups())) for path, match in found.items() if match and path.is_dir()}
         return sorted(numbers, key=numbers.get)
 
     def _read(self, checkpoint: Path) -> tuple[dict, Progress]:
-        """The configuration and the progress of a checkpoint, every file of which is found to be as it was written."""
+        """The configuration and progress of a checkpoint, after checking that none of its files has changed."""
         try:
             check_sums(checkpoint)
             config, progress = read_config(checkpoint), Progress(**read_json(checkpoint / PROGRESS_FILE))
             check_metrics(progress.history)
             if progress.name != checkpoint.name or torch.tensor(progress.sums).shape[1:] != (3,):
-                raise ValueError(f"{PROGRESS_FILE} is that of {progress.name}")
-        except (OSError, ValueError, TypeError, UserError) as error:
+                raise ValueError(f"{PROGRESS_FILE} is from {progress.name}")
+            if type(progress.active_blocks) is not int or type(progress.seconds) not in (int, float):
+                raise ValueError(f"{PROGRESS_FILE} has values of the wrong type")
+            if progress.history and not (checkpoint / BEST_FILE).is_file():
+                raise ValueError(f"{BEST_FILE} is missing")
+        except (OSError, ValueError, TypeError, RuntimeError, UserError) as error:
             raise self._damaged(checkpoint, error) from error
         try:
             log = self.read_metrics()
-        except (OSError, ValueError, TypeError):  # lost, or damaged: it is written anew
+        except (OSError, ValueError, TypeError):  # lost or damaged: it will be rewritten
             log = []
         if any(line != logged for line, logged in zip(progress.history, log, strict=False)):
             raise UserError(
-                f"{checkpoint} and {self.metrics} are of different runs: move the one that does not belong here away"
+                f"{checkpoint} and {self.metrics} are from different runs: move away the one that does not belong here"
             )
         return config, progress
 
     def _damaged(self, checkpoint: Path, reason: object) -> UserError:
         older = [path for path in self._all_checkpoints() if path != checkpoint]
         way_out = (
-            f"move it away, and --resume continues from {older[-1].name}"
+            f"move it away to resume from {older[-1].name}"
             if older
             else "there is no older one, so train again with another --output"
         )
         return UserError(f"{checkpoint} is damaged ({reason}): {way_out}")
 
-    def _lay_out(self, progress: Progress) -> None:
-        """Make config.json, metrics.jsonl and model.safetensors say what the last checkpoint says."""
+    def lay_out(self, progress: Progress) -> None:
+        """Make config.json, metrics.jsonl and model.safetensors agree with the last checkpoint."""
         with self._writing():
             write_json(self.config, self.configuration)
             if progress.history:
-                write(self.metrics, "".join(json.dumps(line) + "\n" for line in progress.history).encode())
+                write_metrics(self.metrics, progress.history)
                 write(self.weights, (self.last / BEST_FILE).read_bytes())
 
     @contextmanager
@@ -269,18 +276,18 @@ class RunFolder:
             if isinstance(error, OSError):
                 reason = error.strerror
                 no_room = error.errno in NO_ROOM
-            else:  # the safetensors library's and torch.save's, of which the latter does not say
+            else:  # from safetensors, or from torch.save, which does not give the reason
                 reason = str(error) if isinstance(error, SafetensorError) else "the disk may be full"
                 no_room = True
-            way_out = "make room or choose another --output" if no_room else "choose another --output"
+            way_out = "free up space or choose another --output" if no_room else "choose another --output"
             raise UserError(
                 f"cannot write to {self.path} ({reason}): {way_out};"
-                " checkpoints that are there are whole, and --resume continues from them"
+                " existing checkpoints are intact, and --resume continues from them"
             ) from error
 
 
 def read_config(path: Path) -> dict:
-    """The config.json of a run's folder, with `options` and `environments`. Raises UserError if there is none."""
+    """The config.json of a run's folder, with `options` and `environments`. Raises UserError if it is not valid."""
     try:
         config = read_json(path / CONFIG_FILE)
         if not isinstance(config["options"], dict) or not all(isinstance(it, dict) for it in config["environments"]):
@@ -288,26 +295,24 @@ def read_config(path: Path) -> dict:
         config["environments"][0]
         return config
     except (OSError, ValueError, TypeError, LookupError) as error:
-        raise UserError(f"{path} holds no run: its config.json is missing, damaged or not a run's") from error
+        raise UserError(f"{path} has no run: its config.json is missing, damaged or not from a run") from error
 
 
-def read_sha256(path: Path) -> str:
-    """Of a finished run's weights, as its summary.json says. Raises UserError if there is none."""
+def read_summary(path: Path) -> dict:
+    """The summary.json of a run's folder. Raises UserError if there is none, so the run has not finished."""
     try:
-        digest = read_json(path / "summary.json")["sha256"]
-        if not isinstance(digest, str):
+        summary = read_json(path / "summary.json")
+        if not isinstance(summary["sha256"], str):
             raise TypeError
-        return digest
+        return summary
     except FileNotFoundError as error:
-        raise UserError(f"{path} holds an unfinished run, without summary.json: train.py --resume ends it") from error
+        raise UserError(f"{path} is unfinished (no summary.json): train.py --resume finishes it") from error
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path / 'summary.json'} is damaged: train.py --resume writes it again") from error
+        raise UserError(f"{path / 'summary.json'} is damaged: train.py --resume rewrites it") from error
 
 
-def _differences(there: dict, here: dict) -> str:
-    """In words, the entries of `here` that `there` has not."""
+def _differences(before: dict, now: dict) -> str:
+    """In words, the entries of `now` that differ from those of `before`."""
     return ", ".join(
-        f"{name} is {there.get(name)} there and {value} here"
-        for name, value in here.items()
-        if there.get(name) != value
+        f"{name} was {before.get(name)} and is now {value}" for name, value in now.items() if before.get(name) != value
     )

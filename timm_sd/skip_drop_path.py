@@ -2,8 +2,8 @@
 
 timm's blocks compute `shortcut + drop_path(branch)`: the whole branch, of which `drop_path` then zeroes some samples.
 `skip_drop_path` rewrites each such call around a gate, so that the branch is a function computed for the kept samples.
-torch.fx traces the forward method of each block, its child modules as leaves, to find the calls; what is between the
-shortcut and the sum becomes the branch, and all else stays where it is.
+To find the calls, torch.fx traces the forward method of each block, with its child modules as leaves; whatever is
+between the shortcut and the sum becomes the branch, and everything else stays in place.
 """
 
 import contextlib
@@ -30,22 +30,22 @@ Model = TypeVar("Model", bound=nn.Module)
 
 SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 PRODUCTS = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
-NEW = {  # what gives a new tensor
+NEW = {  # these return a new tensor
     *(operator.add, operator.sub, operator.mul, operator.truediv, operator.matmul),
     *(torch.add, torch.sub, torch.mul, torch.div, torch.cat, "add", "sub", "mul", "div"),
 }
 IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem}
 SCALES = (LayerScale, LayerScale2d, Scale, nn.Identity)
-ALIASES = (nn.Identity, nn.modules.dropout._DropoutNd, DropPath)  # what may return its input itself
+ALIASES = (nn.Identity, nn.modules.dropout._DropoutNd, DropPath)  # these may return the input itself
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 class CannotSkipError(Exception):
-    """Why a block is left as it is, in a few words."""
+    """Why a block is left unchanged, in a few words."""
 
 
 class DropPathGate(Gate):
-    """The gate of one DropPath call, which reads probability and scaling from it: later changes take effect."""
+    """The gate of one DropPath call; probability and scaling are read from the DropPath, so later changes count."""
 
     copies_shortcut = True
 
@@ -77,18 +77,18 @@ class DropPathGate(Gate):
 
 
 def skip_drop_path(model: Model, mode: str = "row", strict: bool = False, allow_batch_norm: bool = False) -> Model:
-    """Change a model in place so that, in training, it does not compute what its DropPaths drop.
+    """Convert a model in place so that, in training, it does not compute what its DropPaths drop.
 
-    Inference, parameters, state dict, probabilities and scaling stay as they are. Samples are dropped with the
-    probability that each DropPath has at that moment. Calls that cannot be rewritten are left as they are, with a
-    warning that names them and says why.
+    Inference, parameters, state dict, probabilities and scaling are unchanged. Samples are dropped with the current
+    probability of each DropPath. Calls that cannot be rewritten are left unchanged, with a warning that names them and
+    says why.
 
     Args:
-        model: Any model whose blocks use `timm.layers.DropPath`; made with `drop_path_rate=`, as a rule.
-        mode: "row", a gate for each sample and call, which is DropPath's own distribution; "count", a fixed number of
-            samples for each call; or "batch", one gate for the mini-batch, as in the paper (see `timm_sd.gate`).
+        model: Any model whose blocks use `timm.layers.DropPath`, usually created with `drop_path_rate=`.
+        mode: "row", one gate per sample and call, which is DropPath's own distribution; "count", a fixed number of
+            samples per call; or "batch", one gate per call for the mini-batch, as in the paper (see `timm_sd.gate`).
         strict: Raise an error instead of warning.
-        allow_batch_norm: Let a BatchNorm inside a branch, in modes "row" and "count", compute its statistics from the
+        allow_batch_norm: In modes "row" and "count", let a BatchNorm inside a branch compute its statistics from the
             kept samples only.
 
     Returns:
@@ -130,7 +130,7 @@ def skip_drop_path(model: Model, mode: str = "row", strict: bool = False, allow_
 
 
 def _own_drop_paths(module: nn.Module, prefix: str = "") -> Iterator[str]:
-    """The names of the DropPaths of a block itself, not of a block within it."""
+    """The names of a block's own DropPaths, not those of blocks within it."""
     for name, child in module.named_children():
         if isinstance(child, DropPath):
             yield prefix + name
@@ -144,8 +144,8 @@ def _refuse_batch_norm(name: str, block: nn.Module, plan: "Plan") -> None:
         for module in value.modules() if isinstance(value, nn.Module) else ():
             if isinstance(module, _BatchNorm) or getattr(module, "running_var", None) is not None:
                 raise ValueError(
-                    f"{name} has a {type(module).__name__} in its branch, which would take its statistics from the kept"
-                    ' samples alone: use mode="batch", or accept it with allow_batch_norm=True'
+                    f"{name} has a {type(module).__name__} in its branch, which would compute its statistics from the"
+                    ' kept samples only: use mode="batch", or allow it with allow_batch_norm=True'
                 )
 
 
@@ -153,12 +153,12 @@ def _refuse_batch_norm(name: str, block: nn.Module, plan: "Plan") -> None:
 
 
 class _Proxy(fx.Proxy):
-    """Stands for a tensor, and passes for one where a forward method asks."""
+    """Stands for a tensor, and passes for one if a forward method checks."""
 
     __class__ = Tensor
     _is_param = False
 
-    # fx.Proxy would make `x += y` an addition, and lose that x is changed.
+    # fx.Proxy would turn `x += y` into an addition, and lose that x is modified.
     def __iadd__(self, other: object) -> fx.Proxy:
         return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
 
@@ -177,7 +177,7 @@ _reads: list[tuple[nn.Module, str]] = []
 
 @cache
 def _reading(cls: type[nn.Module]) -> type[nn.Module]:
-    """A class whose instances note in `_reads` which of their attributes are read."""
+    """A class whose instances record in `_reads` which of their attributes are read."""
 
     def __getattribute__(self: nn.Module, name: str) -> object:  # noqa: N807
         _reads.append((self, name))
@@ -190,9 +190,9 @@ def _reading(cls: type[nn.Module]) -> type[nn.Module]:
 class _Tracer(fx.Tracer):
     """Traces a block's own forward method as it would run with these arguments.
 
-    Only tensors are symbols; None, numbers and the like are themselves, so that `if mask is not None` goes the way of
-    the real call. What of a forward method no graph can hold (another gradient mode or autocast, random numbers) is
-    refused, and so is a tensor that the method makes or finds outside of parameters and buffers.
+    Only tensors are symbolic; None, numbers and the like keep their values, so that `if mask is not None` goes the same
+    way as in the real call. A forward method is rejected if it does what no graph can express (change the gradient mode
+    or autocast, draw random numbers), or uses a tensor other than its arguments, parameters and buffers.
     """
 
     proxy_buffer_attributes = True
@@ -220,7 +220,7 @@ class _Tracer(fx.Tracer):
         if isinstance(value, Tensor) and not any(
             value is own for own in itertools.chain(self.root.parameters(), self.root.buffers())
         ):
-            raise TypeError("it uses a tensor that is neither an argument nor a parameter or buffer")
+            raise TypeError("it uses a tensor that is not an argument, parameter or buffer")
         return super().create_arg(value)
 
     def create_args_for_root(self, forward: Callable, is_module: bool, concrete_args: object = None) -> tuple:
@@ -233,7 +233,7 @@ class _Tracer(fx.Tracer):
                 else value
             )
 
-        _reads.clear()  # what the tracer itself has read
+        _reads.clear()  # reads by the tracer itself
         args, kwargs = self.call
         args = [self.root, *map(symbol, args)]
         keywords = {name: symbol(value) for name, value in kwargs.items()}
@@ -245,7 +245,7 @@ class _Tracer(fx.Tracer):
         return super().create_node(*args, **kwargs)
 
     def trace_block(self, block: nn.Module) -> tuple[fx.Graph, dict[tuple[str, str], object]]:
-        """The graph, and the state of the attributes, of the block and of its submodules, that were read for it."""
+        """The graph, and the state of the attributes of the block and its submodules that tracing has read."""
         paths = {module: path for path, module in block.named_modules()}
         classes = {module: type(module) for module in paths}
         random_state = torch.get_rng_state()
@@ -282,10 +282,10 @@ def _modes() -> tuple:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a DropPath.
+    """One DropPath call.
 
-    `branch` is a function of the block and its inputs, and `attributes` are those of the block that it uses. An input
-    is `loose` if the shortcut does not depend on it: when the branch is skipped it would otherwise get no gradient.
+    `branch` is a function of the block and its inputs, and `attributes` are the block's attributes that it uses. An
+    input is `loose` if the shortcut does not depend on it, so that it would get no gradient when the branch is skipped.
     """
 
     drop_path: str
@@ -298,8 +298,8 @@ class Call:
 class Plan:
     """A block's forward method for one kind of call, rewritten around gates.
 
-    `function` takes the block, twice, and the call's tensors. `arguments` and `state` describe the call and what was
-    read of the block when it was traced: the plan is used only while both match.
+    `function` takes the block (twice) and the call's tensors. `arguments` describe the call, and `state` what tracing
+    has read from the block: the plan is used only while both match.
     """
 
     arguments: tuple
@@ -325,9 +325,9 @@ class Plan:
 
 
 def _state(value: object) -> object:
-    """What a forward method can depend on of an attribute, `object` if that cannot be told.
+    """What a forward method can depend on in an attribute, `object` if that is unknown.
 
-    Of a module its class, and whether it works in place; what a list of modules holds; plain values as they are.
+    For a module, its class and whether it works in place; for a container, its contents; plain values as they are.
     """
     if isinstance(value, CONTAINERS):
         return tuple((name, _state(child)) for name, child in value.named_children())
@@ -346,7 +346,7 @@ def _state(value: object) -> object:
 
 
 def _kind(value: object) -> object:
-    """What a forward method can depend on of an argument: Tensor for any tensor, a plain value itself."""
+    """What a forward method can depend on in an argument: Tensor for any tensor, plain values as they are."""
     if isinstance(value, Tensor) or value is Tensor:
         return Tensor
     if isinstance(value, (tuple, list)):
@@ -360,7 +360,7 @@ def _arguments(args: Sequence, kwargs: dict) -> tuple:
 
 
 def _first_plan(block: nn.Module) -> Plan:
-    """The plan for a call with the required arguments alone, which all are taken to be tensors."""
+    """The plan for a call with only the required arguments, which are all assumed to be tensors."""
     parameters = list(inspect.signature(_base(type(block)).forward).parameters.values())[1:]
     required = [
         p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
@@ -380,7 +380,7 @@ def _plan(block: nn.Module, args: Sequence, kwargs: dict) -> Plan:
     for node in graph.nodes:
         changed = _changed_by(block, node)
         if changed is not None and not _is_new(block, changed, node):
-            raise CannotSkipError("it changes a tensor in place that is used elsewhere")
+            raise CannotSkipError("it modifies in place a tensor that is used elsewhere")
     plan = Plan(arguments, state)
     called = {node: block.get_submodule(node.target) for node in graph.nodes if node.op == "call_module"}
     drop_paths = [node for node, module in called.items() if isinstance(module, DropPath)]
@@ -389,7 +389,7 @@ def _plan(block: nn.Module, args: Sequence, kwargs: dict) -> Plan:
             plan.left[name] = "it is inside a Sequential"
     with graph.inserting_before(next(iter(graph.nodes))):
         itself = graph.placeholder("block")
-    # Of a DropPath within the branch of another, the outer one is the one to skip.
+    # If a DropPath is within the branch of another, the outer one gets the gate.
     within = set()
     for node in drop_paths:
         with contextlib.suppress(CannotSkipError):
@@ -408,10 +408,10 @@ def _plan(block: nn.Module, args: Sequence, kwargs: dict) -> Plan:
 def _find_branch(
     graph: fx.Graph, block: nn.Module, drop_path: fx.Node
 ) -> tuple[set[fx.Node], fx.Node, fx.Node, fx.Node]:
-    """The nodes that are computed for a DropPath alone, the last of them, the sum, and the shortcut."""
+    """The nodes that are computed only for a DropPath, the last of them, the sum, and the shortcut."""
     end, total, shortcut = _find_sum(block, drop_path)
     nodes = list(graph.nodes)
-    checks = set()  # assertions on sizes, and what is computed for them alone
+    checks = set()  # assertions on sizes, and what is computed only for them
     for node in reversed(nodes):
         if node.target is torch._assert or (_is_size(node) and all(user in checks for user in node.users)):
             checks.add(node)
@@ -427,10 +427,10 @@ def _find_branch(
 
 
 def _extract(graph: fx.Graph, block: nn.Module, itself: fx.Node, drop_path: fx.Node, index: int) -> Call:
-    """Make the branch of a DropPath a function, and replace the sum by call number `index` of the plan."""
+    """Turn the branch of a DropPath into a function, and replace the sum with call number `index` of the plan."""
     branch, end, total, shortcut = _find_branch(graph, block, drop_path)
     nodes = list(graph.nodes)
-    # Sizes must be read anew, of the tensors with fewer rows, and attributes are the block's in any case.
+    # Sizes must be read again, from the tensors with fewer rows; attributes are the block's anyway.
     copied = {node for node in nodes if node in branch or _is_size(node) or node.op == "get_attr"}
     needed = _ancestors([end, *(node for node in branch if not node.users)], copied)
     inputs = [node for node in nodes if node not in needed and any(user in needed for user in node.users)]
@@ -438,9 +438,9 @@ def _extract(graph: fx.Graph, block: nn.Module, itself: fx.Node, drop_path: fx.N
         raise CannotSkipError("its branch is used elsewhere")
     for node in needed:
         if node.target is operator.getitem and isinstance(node.args[1], int) and node.args[0] in inputs:
-            raise CannotSkipError("what its branch returns beside it is used elsewhere")
+            raise CannotSkipError("its branch also returns something that is used elsewhere")
         if not _is_size(node) and node.op == "call_function" and any(map(_is_batch_size, node.args)):
-            raise CannotSkipError("its branch computes with the number of samples")
+            raise CannotSkipError("its branch depends on the number of samples")
 
     function = fx.Graph()
     copies = {node: function.placeholder(node.name) for node in inputs}
@@ -469,7 +469,7 @@ def _extract(graph: fx.Graph, block: nn.Module, itself: fx.Node, drop_path: fx.N
 
 
 def _ancestors(nodes: list[fx.Node], among: set[fx.Node]) -> set[fx.Node]:
-    """The nodes and what they are computed from, as far as it is among these."""
+    """The nodes and what they are computed from, restricted to `among`."""
     found, stack = set(), list(nodes)
     while stack:
         node = stack.pop()
@@ -480,7 +480,7 @@ def _ancestors(nodes: list[fx.Node], among: set[fx.Node]) -> set[fx.Node]:
 
 
 def _find_sum(block: nn.Module, node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node]:
-    """The end of the branch, the sum, and the shortcut: between DropPath and sum, a branch may only be scaled."""
+    """The end of the branch, the sum, and the shortcut. Between DropPath and sum, a branch may only be scaled."""
     while True:
         if len(node.users) != 1:
             raise CannotSkipError("the output of its DropPath is used more than once")
@@ -500,7 +500,7 @@ def _find_sum(block: nn.Module, node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Nod
 
 
 def _is_size(node: fx.Node) -> bool:
-    """Whether a node is computed from the shape or type of tensors alone."""
+    """Whether a node is computed only from the shape or type of tensors."""
     if node.op == "call_function" and node.target is getattr:
         return node.args[1] in ("shape", "dtype", "device", "ndim")
     if node.op == "call_method":
@@ -525,7 +525,7 @@ def _is_batch_size(value: object) -> bool:
 
 
 def _changed_by(block: nn.Module, node: fx.Node) -> fx.Node | None:
-    """The tensor that a node changes in place, if it does."""
+    """The tensor that a node modifies in place, if any."""
     if node.op == "call_module":
         modules = block.get_submodule(node.target).modules()
         working = (m for m in modules if not any(m.children()) or any(True for _ in m.parameters(recurse=False)))
@@ -542,7 +542,7 @@ def _changed_by(block: nn.Module, node: fx.Node) -> fx.Node | None:
 
 
 def _is_new(block: nn.Module, node: fx.Node, user: fx.Node) -> bool:
-    """Whether a tensor was made for this user alone, so that no one else sees a change."""
+    """Whether a tensor was made only for this user, so that nothing else sees it change."""
     if set(node.users) != {user}:
         return False
     if _changed_by(block, node) is not None:
@@ -562,7 +562,7 @@ def _compile(graph: fx.Graph) -> Callable[..., Tensor]:
     """A graph as a Python function of a block and the graph's inputs, the same for equal graphs."""
     code = graph.python_code("self")
     key = code.src, frozenset((name, id(value)) for name, value in code.globals.items())
-    if key not in _compiled:  # torch.compile would compile each function for itself
+    if key not in _compiled:  # torch.compile would compile each function separately
         namespace = dict(code.globals)
         exec(code.src, namespace)
         _compiled[key] = namespace["forward"]
@@ -574,7 +574,7 @@ def _compile(graph: fx.Graph) -> Callable[..., Tensor]:
 
 @cache
 def _gated_sum(index: int, call: Call) -> Callable[..., Tensor]:
-    """The sum of call number `index` as a function of the block, the shortcut and the inputs of the branch."""
+    """The sum of call number `index`, as a function of the block, the shortcut and the branch's inputs."""
 
     def gated_sum(block: nn.Module, shortcut: Tensor, *inputs: Tensor) -> Tensor:
         gate = block.drop_path_gates[index]
@@ -614,7 +614,7 @@ def _parameters(block: nn.Module, attributes: tuple[str, ...]) -> Iterator[Tenso
 def _find_rows(
     block: nn.Module, branch: Callable, shortcut: Tensor, inputs: Sequence[Tensor], mode: str
 ) -> tuple[bool, ...] | None:
-    """Which inputs of a branch have a row for each sample, None if that cannot be told.
+    """Which inputs of a branch have one row per sample, None if that is unclear.
 
     The length of an input does not tell: a mask may have as many tokens as the batch has samples. So the branch is
     tried, without computing anything, on another number of rows. In mode "batch" only the shape of the result matters.
@@ -631,21 +631,21 @@ def _find_rows(
         on_meta = copy.deepcopy(block).to("meta")
 
         def fits(lengths: Sequence[int | None]) -> bool:
-            """Whether the branch gives `other` rows for inputs of these lengths, None for their own."""
+            """Whether the branch returns `other` rows for inputs of these lengths, None for their own."""
             tried = [
                 torch.empty(x.shape if length is None else (length, *x.shape[1:]), dtype=x.dtype, device="meta")
                 for x, length in zip(inputs, lengths, strict=True)
             ]
             try:
                 return branch(on_meta, *tried).shape == (other, *shortcut.shape[1:])
-            except Exception:  # whatever the operators raise for shapes that do not fit
+            except Exception:  # whatever operators raise for shapes that do not match
                 return False
 
         for choice in itertools.product(*choices):
             if fits([other if has else None for has in choice]):
                 works.append(choice)
         lengths = [other if has else None for has in works[0]] if works else []
-        if len(works) > 1:  # of an input that the branch does not look at, any length will do
+        if len(works) > 1:  # an input that the branch ignores may have any length
             ignored = [
                 len(options) == 2 and fits([other + 1 if i == j else length for j, length in enumerate(lengths)])
                 for i, options in enumerate(choices)
@@ -664,7 +664,7 @@ def _find_rows(
 
 
 class _Skipping:
-    """Put before a block's class: its forward method with gates where one is active, its own otherwise."""
+    """Mixin for a block's class: the forward method with gates if one is active, the block's own otherwise."""
 
     def forward(self, *args, **kwargs) -> Tensor:
         if not any([gate.active for gate in self.drop_path_gates]):
@@ -681,7 +681,7 @@ class _Skipping:
 
     @torch.compiler.disable
     def add_plan(self, args: Sequence, kwargs: dict) -> Plan:
-        """A plan for a kind of call not foreseen; if there can be none, one without a function, with a warning."""
+        """Add a plan for a new kind of call; if it cannot be rewritten, one without a function, with a warning."""
         try:
             plan = _plan(self, args, kwargs)
             if plan.drop_paths != [gate.name for gate in self.drop_path_gates]:
@@ -695,7 +695,7 @@ class _Skipping:
         return plan
 
     def __reduce_ex__(self, protocol: int) -> tuple:
-        # The plans' functions cannot be pickled, and a copy makes its own.
+        # The plans' functions cannot be pickled; a copy makes its own.
         _, _, state, *rest = super().__reduce_ex__(protocol)
         return _new, (_base(type(self)),), state | dict(drop_path_plans=[], drop_path_rows={}), *rest
 

@@ -8,7 +8,7 @@ and a ReLU, and survives a training step with probability p_b:
     training, gate closed  H_b = s_b(H_{b-1}), f_b not computed, forward or backward   (eq. 3)
     inference              H_b = ReLU(p_b * f_b(H_{b-1}) + s_b(H_{b-1}))               (eq. 5)
 
-Nothing here knows a particular network: `StochasticDepth` is one block, around a gate of `timm_sd.gate`.
+Nothing here is specific to a network: `StochasticDepth` is a single block, built around a gate from `timm_sd.gate`.
 """
 
 import torch
@@ -20,12 +20,12 @@ SCHEDULES = ("linear", "uniform")
 
 
 def survival_probabilities(num_blocks: int, final: float, schedule: str = "linear") -> list[float]:
-    """The survival probabilities p_1..p_L of L = `num_blocks` blocks, `final` being p_L.
+    """The survival probabilities p_1..p_L of L = `num_blocks` blocks, with p_L = `final`.
 
     "linear" decays from the input, which always survives (p_0 = 1), to p_L: p_b = 1 - (b / L)(1 - p_L) (section 3,
     eq. 4). "uniform" gives every block p_L.
 
-    Raises ValueError for a `final` outside (0, 1] and for an unknown schedule.
+    Raises ValueError for a `final` outside (0, 1] or an unknown schedule.
     """
     check_survival("final", final)
     check_choice("schedule", schedule, SCHEDULES)
@@ -37,11 +37,11 @@ def survival_probabilities(num_blocks: int, final: float, schedule: str = "linea
 class StochasticDepth(nn.Module):
     """A residual block under stochastic depth: eq. 2 and 3 in training, eq. 5 in inference.
 
-    Since p * f(x) means something only with the p that f was trained with, p travels in the state dict, as `survival`,
+    Since p * f(x) is meaningful only with the p that f was trained with, p is stored in the state dict, as `survival`,
     and loading weights trained with p into a block with p' multiplies the parameters of f's last module by p / p':
     **loading never changes the function.**
 
-    The output of a dropped block can be its input: do not change it in place. TorchScript is for inference only.
+    The output of a dropped block may be its input: do not modify it in place. TorchScript is for inference only.
     """
 
     __jit_unused_properties__ = ("survival",)
@@ -56,18 +56,18 @@ class StochasticDepth(nn.Module):
     ) -> None:
         """
         Args:
-            branch: f_b. Its last module must be linear in its parameters, as a normalisation with scale and shift, a
-                linear layer or a convolution is, for loading multiplies those.
-            shortcut: s_b, with an output of the branch's shape.
-            activation: Applied to the sum. It must leave the shortcut's output as it is, as ReLU does with identity or
+            branch: f_b. Its last module must be linear in its parameters (a normalization with scale and shift, a
+                linear layer or a convolution), since loading rescales them.
+            shortcut: s_b, with an output of the same shape as the branch's.
+            activation: Applied to the sum. It must leave the shortcut's output unchanged, as ReLU does with identity or
                 average pooling after a ReLU (section 3), so that eq. 3 can do without it.
             survival: p_b.
-            mode: "batch", one gate for the whole mini-batch as in the paper, "row", one for each sample, or "count", a
-                fixed number of samples (see `timm_sd.gate`). In the last two, batch normalisation sees the kept samples
-                alone, and needs more than one value per channel.
+            mode: "batch", one gate for the whole mini-batch, as in the paper; "row", one per sample; or "count", a
+                fixed number of samples (see `timm_sd.gate`). In the last two, batch normalization sees only the kept
+                samples, and needs more than one value per channel.
 
         Raises:
-            ValueError: A probability outside (0, 1], an unknown mode.
+            ValueError: A probability outside (0, 1] or an unknown mode.
         """
         super().__init__()
         self.branch = branch
@@ -77,7 +77,7 @@ class StochasticDepth(nn.Module):
 
     @property
     def survival(self) -> float:
-        """p_b, the gate's. (Distributed checkpoints look up an entry of the state dict as an attribute.)"""
+        """The gate's p_b. (Distributed checkpointing looks up entries of the state dict as attributes.)"""
         return self.gate.survival
 
     def forward(self, x: Tensor) -> Tensor:
@@ -85,11 +85,11 @@ class StochasticDepth(nn.Module):
         if not torch.jit.is_scripting() and self.training:
             return self.gate(self._branch, self.shortcut(x), [x], self.branch.parameters(), self.activation)
         if self.training and self.gate.survival < 1:
-            raise RuntimeError("TorchScript does not train with stochastic depth: call eval(), or use torch.compile")
+            raise RuntimeError("TorchScript cannot train with stochastic depth: call eval(), or use torch.compile")
         return self.activation(torch.add(self.shortcut(x), self.branch(x), alpha=self.gate.survival))
 
     def _branch(self, x: Tensor) -> Tensor:
-        return self.branch(x)  # what the gate calls, since torch.compile starts no graph at nn.Sequential's own code
+        return self.branch(x)  # for the gate to call: torch.compile starts no graph in nn.Sequential's own code
 
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -102,7 +102,7 @@ class StochasticDepth(nn.Module):
         if trained is None:
             missing_keys.append(prefix + "survival")
         else:
-            # A checkpoint in half precision holds rounded probabilities: equal to ours if ours round to them.
+            # Half-precision checkpoints hold rounded probabilities, which are equal to ours if ours round to them.
             trained = trained.cpu()
             if not trained.is_floating_point() or trained.numel() != 1 or not 0 < trained.item() <= 1:
                 raise RuntimeError(f"the weights are damaged: {prefix}survival is not a probability in (0, 1]")
@@ -117,5 +117,5 @@ class StochasticDepth(nn.Module):
 
 
 def stochastic_blocks(network: nn.Module) -> list[StochasticDepth]:
-    """The blocks 1..L of a network, in order, whatever wraps it."""
+    """The blocks 1..L of a network, wrapped or not, in order."""
     return [module for module in network.modules() if isinstance(module, StochasticDepth)]

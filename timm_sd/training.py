@@ -1,4 +1,4 @@
-"""One training run under the authors' protocol (Huang et al., section 4), from the data to the best weights."""
+"""A training run under the authors' protocol (Huang et al., section 4), from the data to the best weights."""
 
 import copy
 import json
@@ -26,31 +26,31 @@ from .gate import draw_gates, gates, use_gates
 from .interruption import Interruption
 from .options import Options
 from .processes import mean_in_order, on_all_processes, on_main_process
-from .run_folder import Progress, RunFolder, summarise
+from .run_folder import Progress, RunFolder, summarize
 
-ONE_CYCLE_RISE = 0.2  # of all steps
+ONE_CYCLE_RISE = 0.2  # fraction of all steps
 
 
 def stepwise(epoch: int, epochs: int, initial: float) -> float:
-    """The authors' learning rate: `initial`, a tenth of it from 50% of the epochs on and a hundredth from 75%.
+    """The authors' learning rate: `initial`, divided by 10 from 50% of the epochs on and by 100 from 75%.
 
-    Epochs count from 1: of 500, epoch 250 is the first at a tenth and epoch 375 the first at a hundredth.
+    Epochs count from 1: with 500, epoch 250 is the first at a tenth and epoch 375 the first at a hundredth.
     """
     drops = (epoch >= 0.5 * epochs) + (epoch >= 0.75 * epochs)
     return initial / 10**drops
 
 
 def one_cycle(step: int, steps: int, peak: float) -> float:
-    """A learning rate for runs of few epochs: in a line up to `peak` within a fifth of the steps, in a line down after.
+    """A learning rate for short runs: it rises linearly to `peak` over a fifth of the steps, then falls linearly.
 
-    Steps count from 1; the one after the last would have 0.
+    Steps count from 1; the step after the last one would have 0.
     """
     rise = ONE_CYCLE_RISE * steps
     return peak * min(step / rise, (steps + 1 - step) / (steps + 1 - rise))
 
 
 def create_network(options: Options) -> nn.Module:
-    """The network of a run, initialised as a function of its seed."""
+    """The network of a run, initialized from its seed."""
     set_seed(options.seed)
     network = timm.create_model(
         options.data_tag, drop_path_rate=options.drop_path, drop_path_schedule=options.drop_path_schedule
@@ -59,33 +59,33 @@ def create_network(options: Options) -> nn.Module:
 
 
 def create_accelerator(options: Options) -> Accelerator:
-    """What Accelerate's launcher set up. Raises UserError for what a run cannot do with it."""
+    """What Accelerate's launcher has set up. Raises UserError if that is not supported."""
     trackers = [str(tracker) for tracker in get_available_trackers()]
     if options.log_with is not None and options.log_with not in trackers:
         installed = ", ".join(trackers) or "none"
-        raise UserError(f"--log-with {options.log_with}: not a tracker that is installed here; installed: {installed}")
+        raise UserError(f"--log-with {options.log_with}: this tracker is not installed; installed: {installed}")
     accelerator = machine.start(log_with=options.log_with, project_dir=options.output_dir)
     processes = accelerator.num_processes
     if accelerator.gradient_accumulation_steps != 1:
-        raise UserError("every batch is a step of its own: launch it with --gradient_accumulation_steps 1")
+        raise UserError("gradient accumulation is not supported: launch with --gradient_accumulation_steps 1")
     if accelerator.mixed_precision not in ("no", "bf16"):
-        raise UserError(f"--mixed_precision {accelerator.mixed_precision}: launch it with no or bf16")
+        raise UserError(f"--mixed_precision {accelerator.mixed_precision}: launch with no or bf16")
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise UserError(f"{accelerator.distributed_type.value}: a run is divided by --multi_gpu alone")
+        raise UserError(f"{accelerator.distributed_type.value} is not supported: launch with --multi_gpu")
     if options.batch_size % processes:
         raise UserError(
-            f"--batch-size {options.batch_size}: it is the images of all {processes} processes together,"
-            " so it must divide by their number"
+            f"--batch-size {options.batch_size}: it counts the images of all {processes} processes together,"
+            " so it must be divisible by their number"
         )
     if options.sync_bn and processes > 1 and accelerator.device.type == "cpu":
-        raise UserError("--sync-bn: PyTorch has it for GPUs only; on the CPU, train in one process instead")
+        raise UserError("--sync-bn: PyTorch supports it on GPUs only; on the CPU, train in one process instead")
     if options.cuda_graphs and (processes > 1 or accelerator.state.dynamo_plugin.backend != DynamoBackend.NO):
-        raise UserError("--cuda-graphs: it works in one process only, and not with --dynamo_backend")
+        raise UserError("--cuda-graphs: it works only in one process and without --dynamo_backend")
     return accelerator
 
 
 class Run:
-    """A training run: its data, its network and optimiser, and how far they have come."""
+    """A training run: its data, network, optimizer and progress."""
 
     def __init__(self, accelerator: Accelerator, options: Options, folder: RunFolder) -> None:
         self.accelerator = accelerator
@@ -98,16 +98,16 @@ class Run:
         )
         parts = (*data.split(learning_set, options.seed), test_set)
         self.training_set, self.validation_set, self.test_set = (part.to(accelerator.device) for part in parts)
-        self.steps = math.ceil(len(self.training_set) / options.batch_size)  # an epoch
+        self.steps = math.ceil(len(self.training_set) / options.batch_size)  # per epoch
         last = len(self.training_set) % options.batch_size
         if 0 < last < accelerator.num_processes:
             raise UserError(
-                f"--batch-size {options.batch_size}: it leaves {last} images for the last batch of an epoch, fewer than"
-                f" the {accelerator.num_processes} processes"
+                f"--batch-size {options.batch_size}: the last batch of an epoch has {last} images, fewer than the"
+                f" {accelerator.num_processes} processes"
             )
 
         network = create_network(options)
-        # What is evaluated and saved: the network without anything that training puts into or around it.
+        # What is evaluated and saved: the network without anything that training adds to it.
         self.plain = copy.deepcopy(network).to(accelerator.device)
         network.set_grad_checkpointing(options.grad_checkpointing)
         if options.sync_bn:
@@ -126,8 +126,8 @@ class Run:
             self.model.register_comm_hook(None, mean_in_order)
         self.gates = gates(network)
         self.survival = [gate.survival for gate in self.gates]
-        self.standardise = data.Standardise.of(network, accelerator.device)
-        # Of the epoch in hand: the loss and the errors over this process's images, and its share of the first
+        self.standardize = data.Standardize.of(network, accelerator.device)
+        # Sums over the current epoch: the loss and errors over this process's images, and its share of the first
         # convolution's mean absolute gradient over the steps. Reading them would make the host wait for the device.
         self.sums = torch.zeros(3, device=accelerator.device)
 
@@ -135,7 +135,7 @@ class Run:
         if accelerator.device.type == "cuda":
             torch.backends.cudnn.benchmark = True  # every batch but the last has the same shape
 
-        # A checkpoint has the plain network's keys, so that a run can go on in other wrappers.
+        # A checkpoint has the plain network's keys, so that a run can resume in other wrappers.
         def save_unwrapped(models: list[nn.Module], weights: list[dict], folder: str) -> None:
             weights[:] = [network.state_dict()]
 
@@ -146,7 +146,7 @@ class Run:
         accelerator.register_load_state_pre_hook(load_unwrapped)
 
     def begin(self) -> None:
-        """Take the run's folder, and continue from its newest checkpoint if that is asked for."""
+        """Open the run's folder and, if requested, resume from its newest checkpoint."""
         configuration = json.loads(json.dumps(asdict(self.options), default=str))
         configuration["mixed_precision"] = self.accelerator.mixed_precision
         here = machine.environment(self.accelerator)
@@ -157,30 +157,31 @@ class Run:
         self.progress, differing, checkpoint = on_main_process(open_folder)
         if checkpoint is not None:
             self.folder.load(checkpoint, self.accelerator)
+            on_main_process(lambda: self.folder.lay_out(self.progress))
             sums = torch.tensor(self.progress.sums)
-            if len(sums) != self.accelerator.num_processes:  # written by another number: the first takes it all
+            if len(sums) != self.accelerator.num_processes:  # their number has changed: the first takes it all
                 sums = F.pad(sums.sum(0, keepdim=True), (0, 0, 0, self.accelerator.num_processes - 1))
             self.sums.copy_(sums[self.accelerator.process_index])
             say(f"resuming from {checkpoint}")
         elif self.options.resume:
-            say(f"nothing to resume in {self.folder.path}: the run begins")
+            say(f"nothing to resume in {self.folder.path}: starting a new run")
         if differing:
-            say(f"the environment is another ({differing}): the last bits may be others too")
+            say(f"the environment has changed ({differing}): results may differ in the last bits")
         self.accelerator.init_trackers("timm-sd", {name: str(value) for name, value in configuration.items()})
         if self.graphed:
             self.graph_blocks()
 
     def graph_blocks(self) -> None:
-        """Capture the network's blocks as CUDA graphs, for whole batches."""
-        images, _ = next(data.evaluation_batches(self.training_set, self.options.batch_size, self.standardise))
+        """Capture the network's blocks as CUDA graphs, for full batches."""
+        images, _ = next(data.evaluation_batches(self.training_set, self.options.batch_size, self.standardize))
         graph_blocks(self.network, images, torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else None)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """This process's (images, labels) for the steps that are left of the epoch in hand."""
+        """This process's (images, labels) for the remaining steps of the current epoch."""
         return data.training_batches(
             self.training_set,
             self.options.batch_size,
-            self.standardise,
+            self.standardize,
             self.options.seed,
             self.progress.epoch,
             self.progress.steps,
@@ -189,19 +190,19 @@ class Run:
         )
 
     def learning_rate(self, step: int) -> float:
-        """Of a step of the epoch in hand, from 1."""
+        """The learning rate at a step of the current epoch, counted from 1."""
         epoch, options = self.progress.epoch, self.options
         if options.lr_schedule == "steps":
             return stepwise(epoch, options.epochs, options.lr)
         return one_cycle((epoch - 1) * self.steps + step, options.epochs * self.steps, options.lr)
 
     def step(self, images: Tensor, labels: Tensor, gate_values: Tensor, batch_size: int) -> None:
-        """A step of SGD on this process's part of a batch of `batch_size` images."""
+        """One step of SGD on this process's part of a batch of `batch_size` images."""
         processes = self.accelerator.num_processes
         with use_gates(self.gates, gate_values):
             logits = self.model(images)
             loss = F.cross_entropy(logits, labels, reduction="sum")
-            # DDP averages gradients over the processes. This makes it the mean over the batch, however it is divided.
+            # DDP averages gradients over the processes. This makes them the mean over the batch, however it is split.
             self.accelerator.backward(loss * (processes / batch_size))
         self.optimizer.step()
         with torch.no_grad():
@@ -211,12 +212,12 @@ class Run:
         self.optimizer.zero_grad(set_to_none=not self.graphed)
 
     def train_epoch(self, interruption: Interruption) -> dict[str, float]:
-        """What is left of the epoch in hand; the figures of the whole epoch.
+        """Train for the rest of the current epoch; return the metrics of the whole epoch.
 
-        Those are the mean loss and the error in percent over the batches as they were trained on, the mean number of
-        active blocks a step, the mean absolute gradient of the first convolution (Figure 7), and images a second.
+        These are the mean loss and the error in percent over the batches as seen in training, the mean number of active
+        blocks per step, the mean absolute gradient of the first convolution (Figure 7), and images per second.
 
-        Raises UserError if the run diverged or a signal stopped it, the latter with a checkpoint.
+        Raises UserError if the run diverged, or if a signal stopped it, after writing a checkpoint.
         """
         progress, options = self.progress, self.options
         started = time.perf_counter() - progress.seconds
@@ -261,28 +262,28 @@ class Run:
         )
 
     def evaluate(self) -> dict[str, float]:
-        """Validation and test error in percent, of the network at this moment."""
-        broadcast(list(self.network.buffers()))  # the other processes' running statistics are not the network's
+        """The current network's validation and test error, in percent."""
+        broadcast(list(self.network.buffers()))  # the first process's running statistics are the network's
         self.plain.load_state_dict(self.network.state_dict())
         parts = {"validation_error": self.validation_set, "test_error": self.test_set}
         return {
-            name: evaluate(self.accelerator, self.plain, part, self.standardise).error for name, part in parts.items()
+            name: evaluate(self.accelerator, self.plain, part, self.standardize).error for name, part in parts.items()
         }
 
-    def end_epoch(self, figures: dict[str, float]) -> None:
-        """Add the figures to the log and save everything."""
-        self.accelerator.log(figures, step=figures["epoch"])
-        self.progress = Progress(history=[*self.progress.history, figures])
+    def end_epoch(self, metrics: dict[str, float]) -> None:
+        """Log the metrics and save everything."""
+        self.accelerator.log(metrics, step=metrics["epoch"])
+        self.progress = Progress(history=[*self.progress.history, metrics])
         self.sums.zero_()
-        self.checkpoint(self.plain if self.progress.best is figures else None)
+        self.checkpoint(self.plain if self.progress.best is metrics else None)
         say(
-            "epoch {epoch}: lr {lr:g}, training loss {train_loss:.4f}, errors {train_error:.2f}% in training,"
+            "epoch {epoch}: lr {lr:g}, training loss {train_loss:.4f}, errors {train_error:.2f}% training,"
             " {validation_error:.2f}% validation, {test_error:.2f}% test, {active_blocks:.2f} active blocks,"
-            " {images_per_second:.0f} images/s, {seconds:.1f} s".format(**figures)
+            " {images_per_second:.0f} images/s, {seconds:.1f} s".format(**metrics)
         )
 
     def checkpoint(self, best: nn.Module | None = None) -> None:
-        """Save everything the run is at this moment, `best` if it has the best weights so far.
+        """Save the current state of the run; `best` is the network if it has the best weights so far.
 
         Raises UserError if the loss or a weight is no longer finite.
         """
@@ -291,30 +292,30 @@ class Run:
         on_main_process(lambda: self.folder.save(self.accelerator, self.progress, self.options.keep_checkpoints, best))
 
     def check_finite(self, loss: float) -> None:
-        """Raise UserError if the run has diverged: in its loss, its weights or its running statistics."""
+        """Raise UserError if the run has diverged, in its loss, weights or running statistics."""
         tensors = chain(self.network.parameters(), self.network.buffers())
         finite = torch.stack([tensor.isfinite().all() for tensor in tensors])
         if not math.isfinite(loss) or not finite.all():
             raise UserError(
                 f"the run diverged in epoch {self.progress.epoch}: try an --lr below {self.options.lr:g}"
-                " (and another --output if there are checkpoints: they are from before)"
+                " (and another --output, if there are already checkpoints)"
             )
 
     def end(self) -> None:
-        """Write the summary: the paper's figure is the test error at the best validation error."""
-        summary = summarise(self.options, self.progress.history)
+        """Write the summary; the paper reports the test error at the best validation error."""
+        summary = summarize(self.options, self.progress.history)
         on_main_process(lambda: self.folder.finish(summary))
         say(
-            "test error {test_error:.2f}% at the best validation error, {validation_error:.2f}% in epoch {best_epoch};"
-            " the weights are in {weights}".format(**summary, weights=self.folder.weights)
+            "test error {test_error:.2f}% at the best validation error ({validation_error:.2f}%, epoch {best_epoch});"
+            " weights saved to {weights}".format(**summary, weights=self.folder.weights)
         )
 
 
 def train(options: Options) -> None:
-    """Train, leaving in the run's folder what `timm_sd.run_folder` lists.
+    """Train, writing the files listed in `timm_sd.run_folder`.
 
-    Raises UserError if the folder holds another run or another process trains in it, data are missing, the run
-    diverges, the disk is full or a signal stops it. No checkpoint that was written is lost by any of these.
+    Raises UserError if the folder has another run or another process trains in it, the data is missing, the run
+    diverges, the disk is full or a signal stops it. None of these loses a checkpoint already written.
     """
     accelerator = create_accelerator(options)
     folder = RunFolder(options.output_dir)
@@ -325,11 +326,11 @@ def train(options: Options) -> None:
             while run.progress.epoch <= options.epochs:
                 if signal := interruption.noted():
                     raise stopped(signal, run.progress)
-                figures = run.train_epoch(interruption)
+                metrics = run.train_epoch(interruption)
                 started = time.perf_counter()
-                figures |= run.evaluate()
-                figures["seconds"] = run.progress.seconds + time.perf_counter() - started
-                run.end_epoch(figures)
+                metrics |= run.evaluate()
+                metrics["seconds"] = run.progress.seconds + time.perf_counter() - started
+                run.end_epoch(metrics)
         run.end()
     finally:
         accelerator.end_training()
@@ -337,8 +338,8 @@ def train(options: Options) -> None:
 
 
 def stopped(signal: str, progress: Progress) -> UserError:
-    """What a run that a signal stopped has to say."""
+    """The error of a run stopped by a signal."""
     return UserError(
         f"stopped by {signal} in epoch {progress.epoch} after {progress.steps} steps:"
-        " the same command with --resume goes on from there"
+        " the same command with --resume continues from there"
     )

@@ -1,7 +1,7 @@
-"""Time and memory, each claim as a ratio measured in one run: `python train_scripts/benchmark.py --data-dir data`.
+"""Measure time and memory, as ratios within one run: `python train_scripts/benchmark.py --data-dir data`.
 
-What is compared takes turns, so that whatever else the machine does falls on all of it. Times are means over the steps,
-since the gates of each are part of it. Peak memory is that of the same steps, made again in a process of their own.
+Whatever is compared takes turns, so that other load on the machine affects all of it. Times are means over the steps,
+since each step has its own gates. Peak memory is measured on the same steps, run again in a separate process.
 """
 
 import start  # noqa: F401
@@ -43,7 +43,7 @@ Step = Callable[[int], None]
 
 
 class PeerBlock(nn.Module):
-    """A residual block as others write stochastic depth: the branch is always computed, and then perhaps zeroed."""
+    """A residual block with a peer's stochastic depth: the branch is always computed, and then perhaps zeroed."""
 
     def __init__(self, branch: nn.Module, shortcut: nn.Module, drop: nn.Module) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class PeerBlock(nn.Module):
 
 
 def put_in(network: nn.Module, make_drop: Callable[[float], nn.Module]) -> None:
-    """Have a network's blocks drop as a peer does."""
+    """Make a network's blocks drop the way a peer does."""
     names = {block: name for name, block in network.named_modules()}
     for block in stochastic_blocks(network):
         network.set_submodule(names[block], PeerBlock(block.branch, block.shortcut, make_drop(1 - block.gate.survival)))
@@ -78,7 +78,7 @@ def make_run(model: str, batch_size: int, **options) -> Run:
 
 
 def run_step(run: Run) -> Step:
-    """The trainer's own step, on one batch of its own over and over."""
+    """The trainer's own step, on the same batch every time."""
     images, labels = next(run.batches())
     run.model.train()
 
@@ -89,7 +89,7 @@ def run_step(run: Run) -> Step:
 
 
 def plain_step(model: str, batch_size: int) -> Step:
-    """A step of the same network and gates as one writes it first: default layout, default optimiser, loss read."""
+    """A straightforward step of the same network and gates: default layout and optimizer, loss read at every step."""
     accelerator = Accelerator()
     network = timm.create_model(model).to(accelerator.device).train()
     survival = survival_of(network)
@@ -110,7 +110,7 @@ def plain_step(model: str, batch_size: int) -> Step:
 
 
 def make_step(kind: str, model: str, batch_size: int) -> Step:
-    """A function that makes training step t of the plain network `model`, or of what `kind` makes of it."""
+    """A function that runs training step t of this kind, `model` being the plain network."""
     torch.manual_seed(0)
     name = model if kind.startswith("constant depth") else f"{model}_sd"
     if kind.endswith("plain loop"):
@@ -125,14 +125,14 @@ def make_step(kind: str, model: str, batch_size: int) -> Step:
 
 
 def now() -> float:
-    """Seconds, once the device has done what it was given."""
+    """The time in seconds, once the device has finished its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def time_steps(steps: dict[Hashable, Step], count: int, warm_up: int = 2) -> dict[Hashable, list[float]]:
-    """Seconds of each of `count` steps, the kinds taking turns, after those that warm up."""
+    """Seconds of each of `count` steps after warm-up, the kinds taking turns."""
     seconds = {kind: [] for kind in steps}
     for t in trange(-warm_up, count, unit="step", leave=False, disable=None):
         for kind, step in steps.items():
@@ -144,13 +144,13 @@ def time_steps(steps: dict[Hashable, Step], count: int, warm_up: int = 2) -> dic
 
 
 def peak_memory(make_step: Callable[..., Step], args: tuple, steps: Iterable[int]) -> float:
-    """MiB of a GPU that are taken for the steps, or by which this process's resident memory grows at its peak.
+    """MiB reserved on a GPU for the steps, or by which this process's resident memory grows at its peak.
 
-    The former holds everything, network, data and graphs too, since graphs take their memory before they are replayed.
+    The former includes everything (network, data, graphs), since graphs reserve their memory before they are replayed.
     """
     machine.use_all_cores()
     step = make_step(*args)
-    Path("/proc/self/clear_refs").write_text("5")  # what came before, the making of the data, is no peak of the steps
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak, since creating the data is not part of the steps
     before = resident_memory("VmRSS")
     for t in steps:
         step(t)
@@ -193,18 +193,18 @@ def clock_stages(network: nn.Module) -> list[float]:
 
 
 def perfect_seconds(constant: float, stages: list[float], dropped: list[float]) -> float:
-    """Seconds of a step of `constant` seconds, `stages` of them in its stages, that spares a share of each stage."""
+    """Seconds of a step of `constant` seconds, `stages` of them in its stages, that saves a share of each stage."""
     return constant - sum(seconds * share for seconds, share in zip(stages, dropped, strict=True))
 
 
 def compare_steps(model: str, batch_size: int, count: int) -> float:
-    """Print a table of all kinds of training step; seconds of one with stochastic depth."""
+    """Print a table of all kinds of training step; return the seconds of one with stochastic depth."""
     kinds = ["constant depth", "stochastic depth", "constant depth, plain loop", "stochastic depth, plain loop", *PEERS]
     if torch.cuda.is_available():
         kinds += ["constant depth, CUDA graphs", "stochastic depth, CUDA graphs"]
     memory = {kind: in_own_process(peak_memory, make_step, (kind, model, batch_size), range(count)) for kind in kinds}
 
-    # Apart from the step that is timed, so that the clock's hooks are not in it.
+    # Separate from the steps that are timed, so that they do not include the clock's hooks.
     clocked = make_run(model, batch_size)
     stage_seconds = clock_stages(clocked.network)
     steps = {kind: make_step(kind, model, batch_size) for kind in kinds}
@@ -215,13 +215,13 @@ def compare_steps(model: str, batch_size: int, count: int) -> float:
     seconds = time_steps(steps | {"clocked": clocked_step}, count)
     mean = {kind: statistics.mean(times) for kind, times in seconds.items()}
 
-    # What the blocks that these steps dropped take in a step that drops none.
+    # The time that the blocks dropped by these steps take in a step that drops none.
     dropped = 1 - torch.stack([draw_gates(stochastic, 0, t) for t in range(count)]).double().mean(0)
     shares = dropped.view(len(stage_seconds), -1).mean(1).tolist()
     perfect = perfect_seconds(mean["constant depth"], [total / (count + 2) for total in stage_seconds], shares)
 
     say(f"\nA training step of {model}, batch {batch_size}, {count} steps")
-    say(f"{'':32} {'s a step':>9} {'images/s':>9} {'ratio':>6} {'MiB':>7} {'ratio':>6}")
+    say(f"{'':32} {'s/step':>9} {'images/s':>9} {'ratio':>6} {'MiB':>7} {'ratio':>6}")
     for kind in kinds:
         say(
             f"{kind:32} {mean[kind]:9.4f} {batch_size / mean[kind]:9.0f} {mean[kind] / mean['constant depth']:6.3f}"
@@ -230,20 +230,20 @@ def compare_steps(model: str, batch_size: int, count: int) -> float:
     ms = ", ".join(f"{1e3 * total / (count + 2) / (len(stochastic) // 3):.2f}" for total in stage_seconds)
     ratio = perfect / mean["constant depth"]
     say(f"{'perfect skipping, computed':32} {perfect:9.4f} {batch_size / perfect:9.0f} {ratio:6.3f}")
-    say(f"a block of each group takes {ms} ms; dropped were {', '.join(f'{share:.3f}' for share in shares)} of them")
-    say(f"stochastic depth takes {mean['stochastic depth'] / perfect:.3f} of perfect skipping's time")
+    say(f"a block takes {ms} ms in each group; share of them dropped: {', '.join(f'{share:.3f}' for share in shares)}")
+    say(f"stochastic depth takes {mean['stochastic depth'] / perfect:.3f} times as long as perfect skipping")
     for kind in kinds[:2]:
-        say(f"{kind} makes {mean[f'{kind}, plain loop'] / mean[kind]:.3f} times the images/s of the plain loop")
+        say(f"{kind} has {mean[f'{kind}, plain loop'] / mean[kind]:.3f} times the images/s of the plain loop")
     return mean["stochastic depth"]
 
 
 def compare_data(data_dir: Path, batch_size: int, rounds: int = 5, batches: int = 100) -> float:
-    """Print the rates of the two ways to a batch on the device; seconds of one batch here."""
+    """Print the throughput of our batches and of a DataLoader's; return the seconds per batch of ours."""
     device = Accelerator().device
     learning_set, _ = data.load("cifar10", data_dir)
     training_set, _ = data.split(learning_set, seed=0)
     training_set = training_set.to(device)
-    standardise = data.Standardise.of(timm.create_model("cifar_resnet20.cifar10"), device)
+    standardize = data.Standardize.of(timm.create_model("cifar_resnet20.cifar10"), device)
     config = timm.create_model("cifar_resnet20.cifar10").pretrained_cfg
     transform = v2.Compose(
         [
@@ -258,12 +258,12 @@ def compare_data(data_dir: Path, batch_size: int, rounds: int = 5, batches: int 
     seconds = {"here": 0.0, "DataLoader": 0.0}
     for epoch in range(rounds):
         started = now()
-        for _ in data.training_batches(training_set, batch_size, standardise, seed=0, epoch=epoch + 1):
+        for _ in data.training_batches(training_set, batch_size, standardize, seed=0, epoch=epoch + 1):
             pass
         seconds["here"] += now() - started
 
         loader = iter(DataLoader(peer, batch_size, shuffle=True, num_workers=2, pin_memory=device.type == "cuda"))
-        for _ in range(10):  # the workers start
+        for _ in range(10):  # while the workers start
             next(loader)
         started = now()
         for _ in range(batches):
@@ -275,16 +275,16 @@ def compare_data(data_dir: Path, batch_size: int, rounds: int = 5, batches: int 
     rate = len(training_set) * rounds / seconds["here"]
     peer_rate = batches * batch_size * rounds / seconds["DataLoader"]
     say(f"\nData, batch {batch_size}")
-    say(f"on the device, standardised, shifted and flipped: {rate:.0f} images/s")
+    say(f"on the device, standardized, shifted and flipped: {rate:.0f} images/s")
     say(f"torchvision's CIFAR10, transforms.v2 and DataLoader with 2 workers: {peer_rate:.0f} images/s")
     say(f"ratio {rate / peer_rate:.1f}")
     return batch_size / rate
 
 
 def compare_depths(batch_size: int, count: int) -> None:
-    """Print time and memory of a step against depth."""
+    """Print time and memory of a step by depth."""
     say(f"\nDepth, batch {batch_size}, {count} steps")
-    say(f"{'':48} {'active':>7} {'s a step':>9} {'ms/active':>9} {'MiB':>7} {'MiB/active':>10}")
+    say(f"{'':48} {'active':>7} {'s/step':>9} {'ms/active':>9} {'MiB':>7} {'MiB/active':>10}")
     for depth in DEPTHS:
         model = f"cifar_resnet{depth}"
         kinds = ["constant depth", "stochastic depth"]
@@ -305,9 +305,9 @@ def compare_depths(batch_size: int, count: int) -> None:
 
 
 def measure_timm(model: str, rates: Sequence[float], batch_size: int, count: int) -> dict[float, dict[str, Measured]]:
-    """All kinds of training step of a timm model by drop path rate, all rates in one run.
+    """Measure all kinds of training step of a timm model, all drop path rates in one run.
 
-    Peak memory is that of the step that drops least.
+    Peak memory is that of the step that drops the least.
     """
     none = (NONE, 0.0)  # the same for all rates
     kinds = benchmark_timm.kinds(model)
@@ -318,12 +318,12 @@ def measure_timm(model: str, rates: Sequence[float], batch_size: int, count: int
     flops, memory = {}, {}
     for kind, rate in tqdm(distinct, f"memory of {model}", leave=False, disable=None):
         flops[kind, rate] = benchmark_timm.count_flops(kind, model, rate, batch_size, range(count))
-        # Twice, since the first step's optimiser has no momentum yet.
+        # Twice, since the first step's optimizer has no momentum yet.
         steps = 2 * [benchmark_timm.fullest_step(kind, survival[rate], batch_size, count)]
         args = (kind, model, rate, batch_size)
         memory[kind, rate] = in_own_process(peak_memory, benchmark_timm.make_step, args, steps)
 
-    # Apart from the steps that are timed, so that the clock is not in them.
+    # Separate from the steps that are timed, so that they do not include the clock.
     clocked_step, branch_seconds = benchmark_timm.make_clocked_step(model, max(rates), batch_size, now)
     steps = {case: benchmark_timm.make_step(case[0], model, case[1], batch_size) for case in distinct}
     clocked_step(0)
@@ -344,7 +344,7 @@ def measure_timm(model: str, rates: Sequence[float], batch_size: int, count: int
 
 
 def compare_timm(models: Sequence[str], rates: Sequence[float], batch_size: int, count: int, plot: Path | None) -> None:
-    """Print a table for each model and drop path rate, and draw the highest rate."""
+    """Print a table for each model and drop path rate, and plot the highest rate."""
     at_highest = {}
     for model in models:
         for rate, of_rate in measure_timm(model, rates, batch_size, count).items():
@@ -353,9 +353,9 @@ def compare_timm(models: Sequence[str], rates: Sequence[float], batch_size: int,
             if rate == max(rates):
                 at_highest[model] = of_rate
     say(
-        "\nratios are to DropPath; `dropped` is the share of the samples that these steps drop, weighted by the time of"
-        "\nthe branches; perfect skipping spares that time and costs none, and would take `perfect` seconds a step;"
-        "\n`saved` is the share of its saving that is realised, both savings being against no drop path"
+        "\nratios are relative to DropPath; `dropped` is the share of samples dropped in these steps, weighted by the"
+        "\nbranches' time; perfect skipping would save all that time at no cost, and take `perfect` seconds per step;"
+        "\n`saved` is the share of that saving that is achieved, both compared with no drop path"
     )
     if plot is not None:
         try:
@@ -367,27 +367,27 @@ def compare_timm(models: Sequence[str], rates: Sequence[float], batch_size: int,
 def parse_args() -> argparse.Namespace:
     parser = Parser(__doc__.split("\n")[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure")
-    parser.add_argument("--model", default="cifar_resnet110", help="the plain network")
-    parser.add_argument("--batch-size", type=int, default=128, help="of the data and the steps")
-    parser.add_argument("--steps", type=int, default=64, help="of each kind")
+    parser.add_argument("--model", default="cifar_resnet110", help="the network of constant depth")
+    parser.add_argument("--batch-size", type=int, default=128, help="for the parts data and step")
+    parser.add_argument("--steps", type=int, default=64, help="number of steps of each kind")
     parser.add_argument("--depth-batch-size", type=int, default=32)
     parser.add_argument("--depth-steps", type=int, default=8)
     parser.add_argument("--timm-models", nargs="+", default=benchmark_timm.MODELS, metavar="MODEL")
     parser.add_argument("--timm-rates", nargs="+", type=float, default=benchmark_timm.RATES, metavar="RATE")
     parser.add_argument("--timm-batch-size", type=int, default=8)
     parser.add_argument("--timm-steps", type=int, default=6)
-    parser.add_argument("--plot", type=path, help="PNG or SVG of the timm models' steps at the highest of their rates")
-    parser.add_argument("--data-dir", type=path, default=Path("data"), help="folder of torchvision's CIFAR-10 files")
+    parser.add_argument("--plot", type=path, help="PNG or SVG file to plot the timm models at the highest rate")
+    parser.add_argument("--data-dir", type=path, default=Path("data"), help="folder with torchvision's CIFAR-10 files")
     args = parser.parse_args()
     if not all(0 < rate < 1 for rate in args.timm_rates):
         parser.error(f"--timm-rates {' '.join(map(str, args.timm_rates))}: they must lie between 0 and 1")
     if args.plot is not None:
         if "timm" not in args.parts:
-            parser.error("--plot: it draws the part timm")
+            parser.error("--plot requires the part timm")
         if args.plot.suffix not in (".png", ".svg"):
             parser.error(f"--plot {args.plot}: it must end in .png or .svg")
         if not args.plot.parent.is_dir():
-            parser.error(f"--plot {args.plot}: there is no folder {args.plot.parent}")
+            parser.error(f"--plot {args.plot}: no such folder: {args.plot.parent}")
     return args
 
 
@@ -403,7 +403,7 @@ def main() -> None:
         batch_seconds = compare_data(args.data_dir, args.batch_size) if "data" in args.parts else None
         step_seconds = compare_steps(args.model, args.batch_size, args.steps) if "step" in args.parts else None
         if batch_seconds and step_seconds:
-            say(f"the data take {100 * batch_seconds / step_seconds:.2f}% of a training step with stochastic depth")
+            say(f"the data takes {100 * batch_seconds / step_seconds:.2f}% of a training step with stochastic depth")
         if "depth" in args.parts:
             compare_depths(args.depth_batch_size, args.depth_steps)
         if "timm" in args.parts:

@@ -1,11 +1,11 @@
-"""What `benchmark.py --parts timm` compares: a timm model's training step with the ways there are to drop paths.
+"""What `benchmark.py --parts timm` compares: a timm model's training step with different forms of drop path.
 
-Each kind of step is of the same model with the same probabilities:
+All kinds of step use the same model with the same probabilities:
 
     "no drop path"            every branch is computed and kept
     "DropPath"                timm's own: every branch is computed, and then zeroed for some samples
-    "DINOv2's form"           of ViTs: a branch is computed for a random subset of the samples
-    "row", "count", "batch"   what `skip_drop_path` makes of it in each mode
+    "DINOv2's form"           ViTs only: a branch is computed for a random subset of the samples
+    "row", "count", "batch"   the model converted by `skip_drop_path`, in each mode
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -28,15 +28,15 @@ from timm_sd.gate import MODES
 MODELS = ("vit_small_patch16_224", "swin_tiny_patch4_window7_224", "convnext_tiny", "resnet50")
 RATES = (0.1, 0.4)
 NONE, DROP_PATH, DINOV2 = "no drop path", "DropPath", "DINOv2's form"
-COLOURS = {DROP_PATH: "0.72", "row": "#0072B2", "count": "#009E73", "batch": "#E69F00"}  # Okabe and Ito's
+COLORS = {DROP_PATH: "0.72", "row": "#0072B2", "count": "#009E73", "batch": "#E69F00"}  # Okabe and Ito's
 Step = Callable[[int], None]
 
 
 class Measured(NamedTuple):
-    """A kind of training step."""
+    """The measurements of one kind of training step."""
 
     seconds: float
-    perfect: float  # seconds, had it taken no time to drop what it drops
+    perfect: float  # seconds, if what it drops took no time
     dropped: float  # share of the samples, weighted by the time of the branches
     flops: float
     memory: float  # MiB
@@ -45,7 +45,7 @@ class Measured(NamedTuple):
 class DinoV2Block(nn.Module):
     """A ViT block as DINOv2 trains it: a branch that drops more than a tenth of the samples skips a fixed number."""
 
-    SMALLEST_RATE = 0.1  # up to it, DropPath
+    SMALLEST_RATE = 0.1  # up to this rate, DropPath
 
     def __init__(self, block: Block) -> None:
         super().__init__()
@@ -69,14 +69,14 @@ class DinoV2Block(nn.Module):
 
 
 def kept(batch_size: int, rate: float) -> int:
-    """Of how many samples DINOv2's form computes a branch."""
+    """For how many samples DINOv2's form computes a branch."""
     return max(1, int(batch_size * (1 - rate)))
 
 
 def kinds(model: str) -> list[str]:
-    """Those that a model allows: "row" and "count" take no BatchNorm, and DINOv2's form is of ViTs.
+    """The kinds of step that a model supports: "row" and "count" require no BatchNorm, and DINOv2's form a ViT.
 
-    Raises UserError for a model that timm does not have, or whose DropPaths cannot be skipped.
+    Raises UserError if timm has no such model or its DropPaths cannot be skipped.
     """
     if not timm.is_model(model):
         raise UserError(f"--timm-models {model}: timm has no such model")
@@ -95,7 +95,7 @@ def kinds(model: str) -> list[str]:
 
 
 def make_network(kind: str, model: str, rate: float) -> nn.Module:
-    """Raises ValueError if the kind is not for this model."""
+    """The network for one kind of step. Raises ValueError if the model does not support it."""
     network = timm.create_model(model, drop_path_rate=0.0 if kind == NONE else rate)
     if kind in MODES:
         skip_drop_path(network, kind, strict=True)
@@ -109,18 +109,18 @@ def make_network(kind: str, model: str, rate: float) -> nn.Module:
 
 
 def survival_of(model: str, rate: float) -> list[float]:
-    """The survival probability of each call of a DropPath, in order."""
+    """The survival probability of each DropPath call, in order."""
     with torch.device("meta"):
         return [gate.survival for gate in gates(make_network("batch", model, rate))]
 
 
 def draw(kind: str, survival: Sequence[float], batch_size: int, t: int) -> Tensor:
-    """The gates of step t, in the shape that their mode takes."""
+    """The gates of step t, in the shape that their mode requires."""
     return draw_gates(survival, 0, t, None if kind == "batch" else batch_size, kind)
 
 
 def dropped(kind: str, survival: Sequence[float], batch_size: int, steps: Iterable[int]) -> list[float]:
-    """For each call of a DropPath, the share of the samples that it drops in these steps; DropPath's in expectation."""
+    """For each DropPath call, the share of the samples that these steps drop; for DropPath itself, the expected one."""
     if kind == NONE:
         return [0.0] * len(survival)
     if kind in MODES:
@@ -133,12 +133,12 @@ def dropped(kind: str, survival: Sequence[float], batch_size: int, steps: Iterab
 
 
 def fullest_step(kind: str, survival: Sequence[float], batch_size: int, count: int) -> int:
-    """Of steps 0 to `count` - 1, the one that drops least, and so needs most memory."""
+    """The step among 0 to `count` - 1 that drops the least, and so needs the most memory."""
     return min(range(count), key=lambda t: sum(dropped(kind, survival, batch_size, [t])))
 
 
 def make_pass(network: nn.Module, kind: str, batch_size: int, open_all: bool = False) -> Step:
-    """A function that makes the forward and backward pass of step t, on one batch over and over.
+    """A function that runs the forward and backward pass of step t, on the same batch every time.
 
     With `open_all`, no gate drops anything.
     """
@@ -160,14 +160,14 @@ def make_pass(network: nn.Module, kind: str, batch_size: int, open_all: bool = F
 
 
 def make_step(kind: str, model: str, rate: float, batch_size: int) -> Step:
-    """A function that makes training step t."""
+    """A function that runs training step t."""
     torch.manual_seed(0)
     network = make_network(kind, model, rate).to(Accelerator().device)
     return training_step(network, make_pass(network, kind, batch_size))
 
 
 def training_step(network: nn.Module, make: Step) -> Step:
-    """Around a pass of a network, SGD."""
+    """A pass of a network followed by a step of SGD."""
     optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
 
     def step(t: int) -> None:
@@ -179,7 +179,7 @@ def training_step(network: nn.Module, make: Step) -> Step:
 
 
 def make_clocked_step(model: str, rate: float, batch_size: int, now: Callable[[], float]) -> tuple[Step, list[float]]:
-    """A training step that drops nothing, and for each call of a DropPath the seconds that its branch has taken."""
+    """A training step that drops nothing, and the seconds that the branch of each DropPath call has taken."""
     torch.manual_seed(0)
     network = make_network("batch", model, rate).to(Accelerator().device)
     seconds = clock_branches(network, now)
@@ -218,22 +218,22 @@ def clock_branches(network: nn.Module, now: Callable[[], float]) -> list[float]:
 
 
 def count_conv_backward(grad: Sequence[int], x: Sequence[int], weight: Sequence[int], *args, **_) -> int:
-    """Operations of a convolution's backward pass, from shapes: the forward pass's for each gradient that is needed.
+    """FLOPs of a convolution's backward pass, from shapes: those of the forward pass for each gradient needed.
 
-    PyTorch's own count takes no account of groups, and so multiplies a depthwise convolution's by its channels.
+    PyTorch's own count ignores groups, so it multiplies those of a depthwise convolution by its number of channels.
     """
     *_, transposed, _, _, needed = args
     return sum(needed[:2]) * conv_flop_count(x, weight, grad, transposed)
 
 
 def count_flops(kind: str, model: str, rate: float, batch_size: int, steps: Sequence[int]) -> float:
-    """The mean number of operations of these steps, forward and backward, of tensors that have shapes but no data."""
+    """The mean FLOPs of these steps, forward and backward, counted on tensors that have shapes but no data."""
     with torch.device("meta"):
         network = make_network(kind, model, rate)
     make = make_pass(network, kind, batch_size)
     if kind not in MODES or kind == "count":
         steps = steps[:1]  # all are alike
-    make(steps[0])  # what a first pass does to learn about shapes is no part of a step
+    make(steps[0])  # what the first pass does to find out about shapes is not part of a step
     own_count = {torch.ops.aten.convolution_backward: count_conv_backward}
     with FlopCounterMode(display=False, custom_mapping=own_count) as counter:
         for t in steps:
@@ -242,10 +242,10 @@ def count_flops(kind: str, model: str, rate: float, batch_size: int, steps: Sequ
 
 
 def table(measured: dict[str, Measured], batch_size: int) -> str:
-    """The kinds of step of one model at one rate, a line each."""
+    """The kinds of step of one model at one rate, one line each."""
     base, none = measured[DROP_PATH], measured[NONE]
     lines = [
-        f"{'':14} {'s a step':>9} {'images/s':>9} {'ratio':>6} {'FLOPs':>6} {'MiB':>7} {'ratio':>6}"
+        f"{'':14} {'s/step':>9} {'images/s':>9} {'ratio':>6} {'FLOPs':>6} {'MiB':>7} {'ratio':>6}"
         f" {'dropped':>8} {'perfect':>8} {'saved':>7}"
     ]
     for kind, of_kind in measured.items():
@@ -260,17 +260,17 @@ def table(measured: dict[str, Measured], batch_size: int) -> str:
 
 
 def draw_times(measured: dict[str, dict[str, Measured]], rate: float) -> Figure:
-    """By model, at one drop path rate: a bar a kind of step, and across it perfect skipping of the same samples."""
+    """One bar per model and kind of step at one drop path rate, marked with perfect skipping of the same samples."""
     figure = Figure(figsize=(8, 3.6), layout="constrained")
     axes = figure.subplots()
     width = 0.2
     for place, of_model in enumerate(measured.values()):
         base = of_model[DROP_PATH].seconds
-        shown = [kind for kind in COLOURS if kind in of_model]
+        shown = [kind for kind in COLORS if kind in of_model]
         for index, kind in enumerate(shown):
             position = place + width * (index - (len(shown) - 1) / 2)
             ratio = of_model[kind].seconds / base
-            axes.bar(position, ratio, 0.92 * width, color=COLOURS[kind])
+            axes.bar(position, ratio, 0.92 * width, color=COLORS[kind])
             top = ratio
             if kind != DROP_PATH:
                 top = max(ratio, of_model[kind].perfect / base)
@@ -278,7 +278,7 @@ def draw_times(measured: dict[str, dict[str, Measured]], rate: float) -> Figure:
                 perfect = axes.hlines(of_model[kind].perfect / base, *ends, colors="black", linewidth=1.8)
             axes.text(position, top + 0.012, f"{ratio:.2f}", ha="center", fontsize=8.5)
     names = {DROP_PATH: "timm's DropPath"}
-    handles = [Patch(color=colour, label=names.get(kind, f'mode "{kind}"')) for kind, colour in COLOURS.items()]
+    handles = [Patch(color=color, label=names.get(kind, f'mode "{kind}"')) for kind, color in COLORS.items()]
     perfect.set_label("perfect skipping")
     figure.legend(
         handles=[*handles, perfect], loc="outside upper center", ncols=5, frameon=False, fontsize=9, handlelength=1.4

@@ -1,4 +1,4 @@
-"""The paper's CIFAR figures and a page of results, from the logs of runs:
+"""Draw the paper's CIFAR figures and write a results page from the logs of runs:
 `python train_scripts/figures.py --runs output/ONE output/OTHER --out results`.
 """
 
@@ -20,7 +20,7 @@ from timm_sd.record import Record
 def parse_args() -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("--runs", type=path, nargs="+", required=True, help="folders of runs to compare")
-    parser.add_argument("--sweep", type=path, nargs="+", default=[], help="folders of runs over p_L, schedule, depth")
+    parser.add_argument("--sweep", type=path, nargs="+", default=[], help="runs that vary p_L, schedule or depth")
     parser.add_argument("--out", type=path, required=True, help="folder for the figures and results.md")
     return parser.parse_args()
 
@@ -35,7 +35,7 @@ def main() -> None:
         if results.same_machine(groups):
             drawn["time"] = figures.times(groups)
         else:
-            say(f"no figure of time: that takes runs of {CONSTANT} and {STOCHASTIC} on one machine")
+            say(f"no figure of times: it needs runs of {CONSTANT} and {STOCHASTIC} on the same machine")
         sweep = [Record.read(path) for path in args.sweep]
         if sweep:
             results.check_alike(sweep, but=("depth", "seed", "p_1", "p_L"))

@@ -1,6 +1,7 @@
-"""A finished run to the Hugging Face Hub: `python train_scripts/publish.py --run output/NAME --repo-id NAMESPACE/NAME`.
+"""Publish a finished run on the Hugging Face Hub:
+`python train_scripts/publish.py --run output/NAME --repo-id NAMESPACE/NAME`.
 
-Leaves the repository's folder in the run's, as `hub`, and a copy of all but its weights in model_cards/NAME.
+The repository's folder is kept in the run's folder as `hub`, and copied without the weights to model_cards/NAME.
 """
 
 import start  # noqa: F401
@@ -18,12 +19,12 @@ def parse_args() -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("--run", type=path, required=True, help="the run's folder")
     parser.add_argument("--repo-id", help="NAMESPACE/NAME on the Hub; without it, nothing is uploaded")
-    parser.add_argument("--private", action="store_true", help="the repository is to be seen by its owners only")
-    parser.add_argument("--revision", help="the branch to commit to; main unless given")
-    parser.add_argument("--dry-run", action="store_true", help="make the folder alone: no upload, no copy")
+    parser.add_argument("--private", action="store_true", help="make the repository private")
+    parser.add_argument("--revision", help="the branch to commit to; if omitted, main")
+    parser.add_argument("--dry-run", action="store_true", help="only make the folder: no upload, no copy")
     args = parser.parse_args()
     if args.repo_id is None and (args.private or args.revision is not None):
-        parser.error("--private and --revision go with --repo-id")
+        parser.error("--private and --revision require --repo-id")
     return args
 
 

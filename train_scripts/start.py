@@ -1,11 +1,11 @@
-"""What every script imports first, since the other imports take seconds and may be missing."""
+"""Imported first by every script, since the other imports take seconds and may be missing."""
 
 import importlib.util
 import os
 import signal
 import sys
 
-# Ctrl-C during the imports ends the script without a traceback. In the background it is ignored, and stays so.
+# Ctrl-C during the imports ends the script without a traceback. If it is ignored (in the background), it stays so.
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 

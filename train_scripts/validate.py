@@ -1,4 +1,4 @@
-"""Loss and errors of a network on CIFAR: `python train_scripts/validate.py --run output/NAME --data-dir data`."""
+"""Evaluate a network on CIFAR: `python train_scripts/validate.py --run output/NAME --data-dir data`."""
 
 import start  # noqa: F401
 
@@ -29,38 +29,38 @@ SPLITS = ("train", "validation", "test")
 
 def parse_args() -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("--model", help="a cifar_resnet network of timm_sd; a run knows its own")
+    parser.add_argument("--model", help="one of timm_sd's networks; not needed with --run")
     weights = parser.add_mutually_exclusive_group(required=True)
     weights.add_argument("--pretrained", action="store_true", help="the weights that come with the package")
-    weights.add_argument("--checkpoint", type=path, help="a safetensors file of weights")
+    weights.add_argument("--checkpoint", type=path, help="a safetensors file with weights")
     weights.add_argument("--run", type=path, help="a run's folder: its best weights, data set and split")
-    parser.add_argument("--dataset", choices=DATASETS, help="the run's, or cifar10, unless given")
-    parser.add_argument("--data-dir", type=path, default=Path("data"), help="folder of torchvision's CIFAR files")
-    parser.add_argument("--split", choices=SPLITS, default="test", help="train and validation are those of --seed")
-    parser.add_argument("--seed", type=int, help="of the split; the run's, or 0")
+    parser.add_argument("--dataset", choices=DATASETS, help="if omitted, the run's or cifar10")
+    parser.add_argument("--data-dir", type=path, default=Path("data"), help="folder with torchvision's CIFAR files")
+    parser.add_argument("--split", choices=SPLITS, default="test", help="--seed determines train and validation")
+    parser.add_argument("--seed", type=int, help="seed of the split; if omitted, the run's or 0")
     parser.add_argument(
         "--drop-blocks",
         type=numbers,
         default=[],
         metavar="B,...",
-        help="blocks to leave out, counted from 1, as in 3,17",
+        help="blocks to drop, counted from 1, such as 3,17",
     )
     args = parser.parse_args()
     if (args.run is None) == (args.model is None):
-        parser.error("give --model with --pretrained or --checkpoint, and not with --run")
+        parser.error("--model is required with --pretrained or --checkpoint, and not allowed with --run")
     return args
 
 
 def numbers(text: str) -> list[int]:
-    """The type of a flag that takes numbers, separated by commas."""
+    """Argument type for comma-separated numbers."""
     return [int(number) for number in text.split(",")]
 
 
 def load_network(options: Options, args: argparse.Namespace) -> nn.Module:
-    """The network with its weights. Raises UserError if there are none, or not for this network."""
+    """The network with its weights. Raises UserError if they are missing or not for this network."""
     if args.pretrained:
         try:
-            # timm takes the first that has weights for a name without a tag, which need not be of this data set.
+            # For a name without a tag, timm takes the first tag with weights, which may be for another data set.
             names = pretrained.names(*options.data_tag.split("."))
             name = next((name for name in names if name in pretrained.packaged()), options.data_tag)
             return timm.create_model(name, pretrained=True)
@@ -72,12 +72,12 @@ def load_network(options: Options, args: argparse.Namespace) -> nn.Module:
 
 
 def drop_blocks(network: nn.Module, dropped: list[int]) -> None:
-    """Put shortcuts in place of blocks (eq. 3). Raises UserError if the network has no such block."""
+    """Replace blocks with their shortcuts (eq. 3). Raises UserError if the network has no such block."""
     names = {block: name for name, block in network.named_modules()}
     blocks = stochastic_blocks(network)
     for number in dropped:
         if not 1 <= number <= len(blocks):
-            raise UserError(f"--drop-blocks {number}: there is no such block, they count from 1 to {len(blocks)}")
+            raise UserError(f"--drop-blocks {number}: no such block, they are numbered from 1 to {len(blocks)}")
         block = blocks[number - 1]
         network.set_submodule(names[block], block.shortcut)
 
@@ -99,10 +99,10 @@ def main() -> None:
         training_set, validation_set = data.split(learning_set, options.seed)
         images = dict(zip(SPLITS, (training_set, validation_set, test_set), strict=True))[args.split]
 
-        standardise = data.Standardise.of(network, accelerator.device)
+        standardize = data.Standardize.of(network, accelerator.device)
         images = images.to(accelerator.device)
         started = time.perf_counter()
-        result = evaluate(accelerator, network, images, standardise)
+        result = evaluate(accelerator, network, images, standardize)
         seconds = time.perf_counter() - started
         if not math.isfinite(result.loss):
             raise UserError(f"the weights are damaged: the loss is {result.loss}")
