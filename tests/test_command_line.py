@@ -89,7 +89,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
         capture_output=True,
         text=True,
     )
-    message = "train.py: accelerate, jinja2 not installed: pip install 'timm-sd[train]'\n"
+    message = "train.py: accelerate, jinja2 not installed: pip install -e '.[train]'\n"
     assert (done.returncode, done.stdout, done.stderr) == (1, "", message)
 
 

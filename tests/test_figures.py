@@ -171,7 +171,7 @@ def test_figure_of_time(pair):
     assert [text.get_text() for text in left.texts][:2] == ["60 s\n75 images/s", "45 s\n100 images/s"]
     ratios = [bar.get_width() for bar in right.patches]
     assert ratios == pytest.approx([0.75, active / 9, 60 / 75, 2606 / 3468], rel=1e-3)
-    assert [text.get_text() for text in right.texts][2] == "0.800 (60 s to 75 s)"
+    assert [text.get_text() for text in right.texts][2] == "0.800 (60 s vs. 75 s)"
 
 
 def test_figure_8(made_up):

@@ -453,7 +453,7 @@ def test_a_full_disk_leaves_what_was_there(publish, hub, run):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
     assert status == 1
-    assert re.fullmatch(rf"publish.py: cannot write to {run} \(.*\): free up space and publish again\n", err)
+    assert re.fullmatch(rf"publish.py: cannot write to {run} \(.*\): solve that and publish again\n", err)
     assert content_of(run / "hub") == before
     assert {path.name for path in run.iterdir() if path.name.startswith("hub")} == {"hub"}
 

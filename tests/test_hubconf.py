@@ -34,7 +34,7 @@ def test_every_network_is_listed_and_nothing_else(repository):
 
 
 def test_help(repository):
-    assert torch.hub.help(repository, "cifar_resnet56") == "ResNet-56 of constant depth (He et al.)."
+    assert torch.hub.help(repository, "cifar_resnet56") == "ResNet-56 with constant depth (He et al.)."
     for name in NAMES:
         assert torch.hub.help(repository, name).startswith(f"ResNet-{name.split('_')[1].removeprefix('resnet')} ")
 

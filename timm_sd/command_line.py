@@ -49,7 +49,7 @@ def one_line_errors(prog: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        sys.exit(f"{prog}: {error}" if os.environ.get("LOCAL_RANK", "0") == "0" else 1)
+        sys.exit(f"{prog}: {error}" if os.environ.get("RANK") is None or os.environ.get("LOCAL_RANK") == "0" else 1)
     except KeyboardInterrupt:
         sys.exit(f"{prog}: interrupted")
     if lost:

@@ -4,7 +4,7 @@ import re
 from itertools import groupby
 
 LONGEST = 600
-TOKEN = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{20,}")  # a Hub token
+TOKEN = re.compile(r"(hf|api_org)_[A-Za-z0-9]{20,}")  # a Hub token
 
 
 def one_line(text: str) -> str:

@@ -76,7 +76,8 @@ def read_sums(folder: Path) -> dict[str, str]:
 def check_sums(folder: Path) -> None:
     """Raise OSError or ValueError unless a folder's files match their recorded SHA-256."""
     recorded = read_sums(folder)
-    if unrecorded := {file.name for file in folder.iterdir()} - recorded.keys() - {SUMS_FILE}:
+    present = {file.name for file in folder.iterdir() if not file.name.startswith(".")}
+    if unrecorded := present - recorded.keys() - {SUMS_FILE}:
         raise ValueError(f"{min(unrecorded)} is not in {SUMS_FILE}")
     for name, digest in recorded.items():
         if sha256(folder / name) != digest:

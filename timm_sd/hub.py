@@ -74,7 +74,7 @@ def make_folder(run: Path, name: str, address: str | None = None) -> Path:
         if old.exists() and not folder.exists():
             old.rename(folder)
         reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"cannot write to {run} ({reason}): free up space and publish again") from error
+        raise UserError(f"cannot write to {run} ({reason}): solve that and publish again") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder

@@ -63,7 +63,7 @@ def model_card(record: Record, network: CifarResNet, name: str, address: str | N
     on_cpu = where["device"] == "cpu"
     dataset, hub_dataset = DATASET_NAMES[options.dataset], HUB_DATASETS.get(options.dataset)
     published = record.published
-    beside = f"the paper's is {published}%" if published else "no published result"
+    comparison = f"the paper's is {published}%" if published else "no published result"
     result = dict(
         task_type="image-classification",
         task_name="Image Classification",
@@ -100,8 +100,8 @@ def model_card(record: Record, network: CifarResNet, name: str, address: str | N
         template_path=str(TEMPLATE),
         name=name,
         summary=(
-            f"**{best['test_error']:.2f}% test error on {dataset}** at the best validation error ({beside}), from one"
-            f" run of {options.epochs} epochs with seed {options.seed}."
+            f"**{best['test_error']:.2f}% test error on {dataset}** at the best validation error ({comparison}), from"
+            f" one run of {options.epochs} epochs with seed {options.seed}."
         ),
         deviations=deviations(record),
         options=options,

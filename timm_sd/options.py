@@ -1,7 +1,6 @@
 """The options of a training run, each declared once for Python, config.json and the command line."""
 
 import argparse
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -50,10 +49,10 @@ class Options:
     download: bool = option(False, RUN, "download the CIFAR files to --data-dir", free=True)
     epochs: int = option(PAPER_EPOCHS, RUN, "passes over the training images", valid=AT_LEAST_1)
     batch_size: int = option(128, RUN, "images per step, across all processes", valid=AT_LEAST_1)
-    lr: float = option(0.1, RUN, "peak learning rate", valid=(lambda lr: 0 < lr < math.inf, "positive and finite"))
+    lr: float = option(0.1, RUN, "peak learning rate", valid=(lambda lr: 0 < lr <= 1e30, "in (0, 1e30]"))
     lr_schedule: str = option("steps", RUN, "steps (the authors') or one-cycle (for short runs)", LR_SCHEDULES)
     weight_decay: float = option(
-        1e-4, RUN, "applied to every parameter", valid=(lambda decay: 0 <= decay < math.inf, "at least 0 and finite")
+        1e-4, RUN, "applied to every parameter", valid=(lambda decay: 0 <= decay <= 1e30, "in [0, 1e30]")
     )
     drop_path: float | None = option(
         None, RUN, "1 - p_L; if omitted, the network's own", valid=(lambda rate: 0 <= rate < 1, "in [0, 1)")
@@ -110,9 +109,10 @@ class Options:
 
     @property
     def weights_tag(self) -> str:
-        """The name of the run's weights; the tag names the recipe, unless the run is as long as the paper's."""
-        recipe = "" if self.epochs == PAPER_EPOCHS else f"e{self.epochs}_"
-        return f"{self.model}.{recipe}{self.dataset}"
+        """The name of the run's weights. The tag is the data set alone for the paper's recipe, else it says more."""
+        recipe = ("epochs", "batch_size", "lr", "lr_schedule", "weight_decay", "drop_path", "drop_path_schedule")
+        is_papers = all(getattr(self, name) == getattr(Options, name) for name in recipe)
+        return f"{self.model}.{'' if is_papers else f'e{self.epochs}_'}{self.dataset}"
 
 
 BOUND_OPTIONS = tuple(declared.name for declared in fields(Options) if not declared.metadata["free"])

@@ -4,6 +4,7 @@ Packaged files are `weights/NAME.TAG.safetensors`, with their hashes in `weights
 by the paper's recipe is the data set, such as "cifar10"; weights trained for 40 epochs, say, are tagged "e40_cifar10".
 """
 
+import re
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download
@@ -27,12 +28,13 @@ def packaged() -> list[str]:
 
 def names(model: str, dataset: str) -> list[str]:
     """A network's names with the tags of a data set: the paper's recipe (with or without weights), then the others."""
-    others = [name for name in packaged() if name.split(".")[0] == model and name.endswith(f"_{dataset}")]
-    return [f"{model}.{dataset}", *others]
+    others = {name: re.fullmatch(rf"{model}\.e(\d+)_{dataset}", name) for name in packaged()}
+    longest_first = sorted((name for name in others if others[name]), key=lambda name: -int(others[name][1]))
+    return [f"{model}.{dataset}", *longest_first]
 
 
 def source(name: str) -> dict[str, str]:
-    """timm's config entries for the weights of a name such as "cifar_resnet110_sd.cifar10"; {} if there are none."""
+    """timm's config entries for weights such as those of "cifar_resnet110_sd.e12_cifar10"; {} if there are none."""
     if name not in packaged():
         return {}
     return dict(file=str(WEIGHTS / f"{name}.safetensors"), hf_hub_id=f"{HUB_NAMESPACE}/{name}")

@@ -156,7 +156,7 @@ class Record:
 
     @property
     def published(self) -> float | None:
-        """The published test error in percent of this network on this data set, None where there is none."""
+        """The published test error in percent of this network on this data set, None if there is none."""
         trained = "stochastic" if self.stochastic else "constant"
         if self.stochastic and (self.survival[-1] != 0.5 or self.options.drop_path_schedule != "linear"):
             return None

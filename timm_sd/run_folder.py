@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .errors import UserError
-from .files import check_sums, parse_json, read_json, read_sums, sha256, sync, write, write_json, write_sums
+from .files import check_sums, parse_json, read_json, sha256, sync, write, write_json, write_sums
 from .options import BOUND_OPTIONS, Options
 
 BEST_FILE = "best.safetensors"
@@ -48,7 +48,7 @@ METRICS = (
     "test_error",
     "seconds",
 )
-POSITIVE = ("lr", "images_per_second", "seconds")
+POSITIVE = ("images_per_second", "seconds")
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -57,7 +57,7 @@ def check_metrics(history: list[dict[str, float]]) -> None:
     for epoch, line in enumerate(history, start=1):
         possible = isinstance(line, dict) and line.keys() == set(METRICS) and line["epoch"] == epoch
         for name, value in line.items() if possible else ():
-            highest = 100 if name.endswith("_error") else 1e15
+            highest = 100 if name.endswith("_error") else 1e12 if name == "seconds" else 1e30
             possible &= type(value) in (int, float) and 0 <= value <= highest and (value > 0 or name not in POSITIVE)
         if not possible:
             raise ValueError(f"line {epoch} does not have the metrics of epoch {epoch}")
@@ -167,8 +167,10 @@ class RunFolder:
         """Restore what `accelerator` prepared from a checkpoint."""
         try:
             accelerator.load_state(checkpoint)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
         except Exception as error:  # of any type: PyTorch and Accelerate trust what they read
-            raise self._damaged(checkpoint, error) from error
+            raise UserError(f"{checkpoint} cannot be loaded ({type(error).__name__}: {error})") from error
 
     def save(self, accelerator: Accelerator, progress: Progress, keep: int, best: nn.Module | None = None) -> None:
         """Write a checkpoint and update the files next to it, then delete all but the newest `keep`.
@@ -189,9 +191,11 @@ class RunFolder:
                     weights = {name: tensor.contiguous() for name, tensor in best.state_dict().items()}
                     save_file(weights, partial / BEST_FILE)
                 elif progress.history:
+                    try:
+                        check_sums(self.last)
+                    except (OSError, ValueError) as error:
+                        raise self._damaged(self.last, error) from error
                     shutil.copyfile(self.last / BEST_FILE, partial / BEST_FILE)
-                    if sha256(partial / BEST_FILE) != read_sums(self.last)[BEST_FILE]:
-                        raise self._damaged(self.last, f"{BEST_FILE} has changed")
                 write_json(partial / CONFIG_FILE, self.configuration)
                 write_json(partial / PROGRESS_FILE, asdict(progress))
                 write_sums(partial)
@@ -237,8 +241,10 @@ class RunFolder:
                 raise ValueError(f"{PROGRESS_FILE} has values of the wrong type")
             if progress.history and not (checkpoint / BEST_FILE).is_file():
                 raise ValueError(f"{BEST_FILE} is missing")
-        except (OSError, ValueError, TypeError, RuntimeError, UserError) as error:
+        except (FileNotFoundError, ValueError, TypeError, RuntimeError, UserError) as error:
             raise self._damaged(checkpoint, error) from error
+        except OSError as error:
+            raise UserError(f"cannot read {checkpoint} ({error.strerror})") from error
         try:
             log = self.read_metrics()
         except (OSError, ValueError, TypeError):  # lost or damaged: it will be rewritten
@@ -299,7 +305,7 @@ def read_config(path: Path) -> dict:
 
 
 def read_summary(path: Path) -> dict:
-    """The summary.json of a run's folder. Raises UserError if there is none, so the run has not finished."""
+    """A finished run's summary.json. Raises UserError if it is missing (the run is unfinished) or damaged."""
     try:
         summary = read_json(path / "summary.json")
         if not isinstance(summary["sha256"], str):

@@ -156,7 +156,7 @@ class Run:
 
         self.progress, differing, checkpoint = on_main_process(open_folder)
         if checkpoint is not None:
-            self.folder.load(checkpoint, self.accelerator)
+            on_all_processes(lambda: self.folder.load(checkpoint, self.accelerator))
             on_main_process(lambda: self.folder.lay_out(self.progress))
             sums = torch.tensor(self.progress.sums)
             if len(sums) != self.accelerator.num_processes:  # their number has changed: the first takes it all

@@ -13,4 +13,4 @@ missing = [
     name for name in ("accelerate", "filelock", "jinja2", "matplotlib", "tqdm") if not importlib.util.find_spec(name)
 ]
 if missing:
-    sys.exit(f"{os.path.basename(sys.argv[0])}: {', '.join(missing)} not installed: pip install 'timm-sd[train]'")
+    sys.exit(f"{os.path.basename(sys.argv[0])}: {', '.join(missing)} not installed: pip install -e '.[train]'")
