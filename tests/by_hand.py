@@ -1,5 +1,7 @@
 """The authors' protocol written out, as an independent computation to compare runs with."""
 
+import copy
+
 import numpy as np
 import pytest
 import timm
@@ -7,18 +9,26 @@ import torch
 import torch.nn.functional as F
 
 from timm_sd import data
+from timm_sd.regularization import Regularization
+
+# All of them at once.
+REGULARIZERS = dict(label_smoothing=0.1, random_erasing=0.5, mixup=0.4, cutmix=1.0, dropout=0.3, ema_decay=0.6)
 
 
 def protocol_by_hand(options, learning, test, processes=1, rates=None):
     """Two epochs of cifar_resnet20_sd, with gates, Nesterov's momentum, weight decay and zero gradients written out.
 
     The learning rate is the authors', or for each step that of `rates`.
-    With several processes each batch falls into parts that are normalised on their own; the first one's running
-    statistics are the network's. Returns the state dict and the figures after each epoch.
+    With several processes, each batch falls into parts that are normalized on their own; the first one's running
+    statistics are the network's. Label smoothing and the moving average are written out too. Returns the state dict and
+    the metrics after each epoch.
     """
     train_set, validation_set = data.split(learning, options.seed)
     torch.manual_seed(options.seed)
     network = timm.create_model(options.model).to(memory_format=torch.channels_last)
+    evaluated = copy.deepcopy(network)
+    average = None
+    regularize = Regularization(options, network, torch.device("cpu"))
     blocks = [block for stage in network.stages for block in stage]
     standardize = data.Standardize.of(network, torch.device("cpu"))
     velocity = {name: torch.zeros_like(parameter) for name, parameter in network.named_parameters()}
@@ -34,6 +44,11 @@ def protocol_by_hand(options, learning, test, processes=1, rates=None):
         losses, wrong, opened, conv1, steps = 0.0, 0, 0, 0.0, 0
         network.train()
         for images, labels in data.training_batches(train_set, options.batch_size, standardize, options.seed, epoch):
+            images, labels = regularize(images, labels, step, slice(None))
+            mask = regularize.mask
+            targets = F.one_hot(labels, 10).float() if labels.ndim == 1 else labels
+            labels = targets.argmax(1)
+            targets = (1 - options.label_smoothing) * targets + options.label_smoothing / 10
             gates = np.random.default_rng([options.seed, step]).random(9) < np.array([1 - b / 18 for b in range(1, 10)])
             lr = rates[step] if rates else {1: 0.01, 2: 0.001}[epoch]
             step += 1
@@ -44,8 +59,9 @@ def protocol_by_hand(options, learning, test, processes=1, rates=None):
             for part in reversed(range(processes)):
                 before = [buffer.clone() for buffer in network.buffers()]
                 mine = slice(bounds[part], bounds[part + 1])
+                regularize.mask = mask[mine] if options.dropout else 1.0
                 logits = logits_of(images[mine], gates)
-                loss = F.cross_entropy(logits, labels[mine], reduction="sum")
+                loss = -(targets[mine] * logits.log_softmax(1)).sum()
                 (loss / len(labels)).backward()
                 losses += loss.item()
                 wrong += (logits.argmax(1) != labels[mine]).sum().item()
@@ -59,10 +75,18 @@ def protocol_by_hand(options, learning, test, processes=1, rates=None):
                     gradient = gradient + options.weight_decay * parameter
                     velocity[name] = 0.9 * velocity[name] + gradient
                     parameter -= lr * (gradient + 0.9 * velocity[name])
-        network.eval()
+                state = {key: value.clone() for key, value in network.state_dict().items()}
+                kept = options.ema_decay if average else 0.0
+                average = {
+                    key: kept * average[key] + (1 - kept) * value if kept and value.is_floating_point() else value
+                    for key, value in state.items()
+                }
+        state = average if options.ema_decay else network.state_dict()
+        evaluated.load_state_dict(state)
+        evaluated.eval()
         with torch.inference_mode():
             errors = [
-                100 * (network(standardize(part.images)).argmax(1) != part.labels).double().mean().item()
+                100 * (evaluated(standardize(part.images)).argmax(1) != part.labels).double().mean().item()
                 for part in (validation_set, test)
             ]
         history.append(
@@ -77,7 +101,7 @@ def protocol_by_hand(options, learning, test, processes=1, rates=None):
                 test_error=errors[1],
             )
         )
-        states.append({key: value.clone() for key, value in network.state_dict().items()})
+        states.append({key: value.clone() for key, value in evaluated.state_dict().items()})
     return states, history
 
 

@@ -49,7 +49,7 @@ def test_the_table_of_models(card):
     assert [cell.strip() for cell in row.split("|")[2:-1]] == [
         f"{record.best['test_error']:.2f}%",
         str(record.options.epochs),
-        f"{record.published}%",
+        f"{record.published[0]}%",
         f"{parameters / 1e6:.1f} M",
         f"{size / 1e6:.1f} MB",
     ]

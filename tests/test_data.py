@@ -171,20 +171,6 @@ def test_corrupt_data(tmp_path):
         data.load("cifar10", tmp_path)
 
 
-@pytest.mark.parametrize("num_processes", [2, 3])
-def test_processes_divide_each_batch(num_processes):
-    whole = epoch_of(make_set())
-    parts = [
-        list(data.training_batches(make_set(), 16, make_standardize(), 0, 1, 0, process, num_processes))
-        for process in range(num_processes)
-    ]
-    for step, (images, labels) in enumerate(whole):
-        assert torch.equal(torch.cat([part[step][0] for part in parts]), images)
-        assert torch.equal(torch.cat([part[step][1] for part in parts]), labels)
-        sizes = [len(part[step][1]) for part in parts]
-        assert max(sizes) - min(sizes) <= 1
-
-
 def test_an_epoch_goes_on_from_a_step():
     whole = epoch_of(make_set())
     rest = list(data.training_batches(make_set(), 16, make_standardize(), 0, 1, first_step=2))

@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 from accelerate.state import AcceleratorState
-from by_hand import assert_figures_are_close, protocol_by_hand
+from by_hand import REGULARIZERS, assert_figures_are_close, protocol_by_hand
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -18,15 +18,23 @@ from timm_sd import StochasticDepth, data, gates, training
 from timm_sd.errors import UserError
 from timm_sd.evaluation import Evaluation
 from timm_sd.options import Options
+from timm_sd.paper import PROTOCOLS
 from timm_sd.training import one_cycle, stepwise
 
 
 def test_learning_rate_of_the_authors():
-    rates = [stepwise(epoch, 500, 0.1) for epoch in range(1, 501)]
+    rates = [stepwise(epoch, 500, 0.1, (0.5, 0.75)) for epoch in range(1, 501)]
     assert [rates.count(pytest.approx(rate)) for rate in (0.1, 0.01, 0.001)] == [249, 125, 126]
     assert rates[248:250] == [pytest.approx(0.1), pytest.approx(0.01)]
     assert rates[373:375] == [pytest.approx(0.01), pytest.approx(0.001)]
     assert rates == sorted(rates, reverse=True)
+
+
+def test_learning_rate_for_svhn():
+    """50 epochs, divided by 10 at 60% and 70%."""
+    drops = PROTOCOLS["svhn"].lr_drops
+    rates = [stepwise(epoch, 50, 0.1, drops) for epoch in range(1, 51)]
+    assert rates == pytest.approx([0.1] * 29 + [0.01] * 5 + [0.001] * 16)
 
 
 def test_learning_rate_of_one_cycle():
@@ -35,7 +43,7 @@ def test_learning_rate_of_one_cycle():
 
 
 def test_learning_rate_in_proportion():
-    rates = [stepwise(epoch, 10, 0.1) for epoch in range(1, 11)]
+    rates = [stepwise(epoch, 10, 0.1, (0.5, 0.75)) for epoch in range(1, 11)]
     assert rates == pytest.approx([0.1] * 4 + [0.01] * 3 + [0.001] * 3)
 
 
@@ -43,18 +51,26 @@ def test_defaults_are_the_papers():
     options = Options()
     assert (options.model, options.dataset, options.epochs) == ("cifar_resnet110_sd", "cifar10", 500)
     assert (options.batch_size, options.lr, options.weight_decay) == (128, 0.1, 1e-4)
+    assert not options.changed
+    svhn = Options("cifar_resnet152_sd", "svhn")
+    assert (svhn.epochs, svhn.weights_tag) == (50, "cifar_resnet152_sd.svhn")
+    assert Options("cifar_resnet152_sd", "svhn", epochs=500).weights_tag == "cifar_resnet152_sd.e500_svhn"
+    assert Options(mixup=0.2).weights_tag == "cifar_resnet110_sd.e500_cifar10"
 
 
 @pytest.mark.parametrize(
-    ("lr_schedule", "rates"),
+    ("regularizers", "lr_schedule", "rates"),
     [
         # Of two epochs, the first is already at 50%: epoch 1 at 0.01 and epoch 2 at 0.001.
-        ("steps", None),
+        ({}, "steps", None),
         # Of six steps, the first is within the fifth that rises; from the peak down to 0 it is 5.8 steps.
-        ("one-cycle", [0.1 / 1.2, *(0.1 * left / 5.8 for left in (5, 4, 3, 2, 1))]),
+        ({}, "one-cycle", [0.1 / 1.2, *(0.1 * left / 5.8 for left in (5, 4, 3, 2, 1))]),
+        (REGULARIZERS, "steps", None),
+        (dict(label_smoothing=0.3), "steps", None),
+        (dict(ema_decay=0.5), "steps", None),
     ],
 )
-def test_a_run_is_the_protocol(few_images, tmp_path, lr_schedule, rates):
+def test_a_run_is_the_protocol(few_images, tmp_path, regularizers, lr_schedule, rates):
     options = Options(
         model="cifar_resnet20_sd",
         dataset="synthetic",
@@ -64,6 +80,7 @@ def test_a_run_is_the_protocol(few_images, tmp_path, lr_schedule, rates):
         lr_schedule=lr_schedule,
         weight_decay=0.5,  # large enough to be seen after six steps
         output=tmp_path / "run",
+        **regularizers,
     )
     training.train(options)
     states, history = protocol_by_hand(options, *data.load("synthetic", None, False), rates=rates)
@@ -185,7 +202,8 @@ def test_command(command, few_images, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "resnet11"], "argument --model: invalid choice: 'resnet11' (choose from "),
+        (["--model", "resnet11"], "--model resnet11: it must be cifar_resnetN or cifar_resnetN_sd, N = 6n + 2"),
+        (["--model", "cifar_resnet21"], "--model cifar_resnet21: depth=21, but it must be 6n + 2 for some n >= 1"),
         (["--dataset", "mnist"], "argument --dataset: invalid choice: 'mnist' (choose from "),
         (["--epochs", "0"], "--epochs 0: it must be at least 1"),
         (["--epochs", "ten"], "argument --epochs: invalid int value: 'ten'"),
@@ -195,7 +213,25 @@ def test_command(command, few_images, tmp_path):
         (["--lr-schedule", "cosine"], "argument --lr-schedule: invalid choice: 'cosine' (choose from "),
         (["--weight-decay", "-1"], "--weight-decay -1.0: it must be in [0, 1e30]"),
         (["--drop-path", "1"], "--drop-path 1.0: it must be in [0, 1)"),
-        (["--drop-path-schedule", "row"], "argument --drop-path-schedule: invalid choice: 'row' (choose from "),
+        (
+            ["--drop-path-schedule", "row"],
+            "argument --drop-path-schedule: 'row' is not linear, uniform, quadratic, exponential, probabilities"
+            " separated by commas, or a file of them (No such file or directory)",
+        ),
+        (["--drop-path-schedule", "1,0.5,x"], "of them (could not convert string to float: 'x')"),
+        (
+            ["--drop-path-schedule", "1,0.5"],
+            "--drop-path-schedule: 2 survival probabilities, but there are 54 residual blocks",
+        ),
+        (["--drop-path-schedule", ",".join(["1"] * 53 + ["0"])], "--drop-path-schedule: p_54=0.0, but it must lie in"),
+        (["--drop-path-schedule", ",".join(["1"] * 54), "--drop-path", "0.5"], "--drop-path has no effect on given"),
+        (["--label-smoothing", "1"], "--label-smoothing 1.0: it must be in [0, 1)"),
+        (["--random-erasing", "1.1"], "--random-erasing 1.1: it must be in [0, 1]"),
+        (["--mixup", "-1"], "--mixup -1.0: it must be in [0, 1e30]"),
+        (["--cutmix", "nan"], "--cutmix nan: it must be in [0, 1e30]"),
+        (["--dropout", "1"], "--dropout 1.0: it must be in [0, 1)"),
+        (["--ema-decay", "1"], "--ema-decay 1.0: it must be in [0, 1)"),
+        (["--dataset", "svhn", "--data-dir", "/nowhere"], "svhn is missing or corrupt in '/nowhere': "),
         (["--seed", "-1"], "--seed -1: it must be in [0, 2^32)"),
         (["--checkpoint-steps", "0"], "--checkpoint-steps 0: it must be at least 1"),
         (["--keep-checkpoints", "0"], "--keep-checkpoints 0: it must be at least 1"),

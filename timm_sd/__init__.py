@@ -1,6 +1,6 @@
 """Stochastic depth for timm: importing this package registers the `cifar_resnet*` networks."""
 
-from .cifar_resnet import CifarResNet
+from .cifar_resnet import CifarResNet, register_depth
 from .gate import Gate, draw_gates, gates, use_gates
 from .skip_drop_path import skip_drop_path
 from .stochastic_depth import StochasticDepth, survival_probabilities
@@ -13,6 +13,7 @@ __all__ = [
     "StochasticDepth",
     "draw_gates",
     "gates",
+    "register_depth",
     "skip_drop_path",
     "survival_probabilities",
     "use_gates",

@@ -6,7 +6,9 @@ channels at 32x32, 16x16 and 8x8 pixels, global average pooling and a linear cla
 """
 
 from collections import OrderedDict
+from collections.abc import Sequence
 
+import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import create_classifier
@@ -23,9 +25,9 @@ from timm.models._features_fx import register_notrace_module
 from torch import Tensor, nn
 
 from .gate import MODES, check_choice
-from .labels import CIFAR10_LABELS, CIFAR100_LABELS
+from .labels import CIFAR10_LABELS, CIFAR100_LABELS, SVHN_LABELS
 from .pretrained import check_architecture, check_values, names, resolve, source
-from .stochastic_depth import SCHEDULES, StochasticDepth, survival_probabilities
+from .stochastic_depth import StochasticDepth, survival_probabilities
 
 __all__ = ["CifarResNet"]
 
@@ -79,7 +81,7 @@ class CifarResNet(nn.Module):
         global_pool: str = "avg",
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
-        drop_path_schedule: str = "linear",
+        drop_path_schedule: str | Sequence[float] = "linear",
         drop_path_mode: str = "batch",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -92,7 +94,8 @@ class CifarResNet(nn.Module):
             global_pool: "avg", "max", "avgmax", "catavgmax", or "" for none (with num_classes=0).
             drop_rate: Dropout probability before the classifier.
             drop_path_rate: 1 - p_L, in [0, 1): 0 is constant depth.
-            drop_path_schedule: "linear", the paper's decay from p_0 = 1 to p_L, or "uniform".
+            drop_path_schedule: "linear", the paper's decay from p_0 = 1 to p_L; "uniform", "quadratic" or "exponential"
+                (see `survival_probabilities`); or the probabilities p_1..p_L, and then drop_path_rate is not used.
             drop_path_mode: "batch", one gate per block for the whole mini-batch, as in the paper; "row", one per
                 sample; or "count", one per sample with a fixed number of them open (see `timm_sd.gate`).
             device: The device of parameters and buffers.
@@ -102,15 +105,13 @@ class CifarResNet(nn.Module):
             ValueError: An argument has an invalid value.
         """
         super().__init__()
-        if depth < 8 or (depth - 2) % 6:
-            raise ValueError(f"depth={depth!r}, but it must be 6n + 2 for some n >= 1")
+        _check_depth(depth)
         if in_chans < 1:
             raise ValueError(f"in_chans={in_chans!r}, but it must be at least 1")
         if not 0 <= drop_rate <= 1:
             raise ValueError(f"drop_rate={drop_rate!r}, but it must lie in [0, 1]")
         if not 0 <= drop_path_rate < 1:
             raise ValueError(f"drop_path_rate={drop_path_rate!r}, but it must lie in [0, 1)")
-        check_choice("drop_path_schedule", drop_path_schedule, SCHEDULES)
         check_choice("drop_path_mode", drop_path_mode, MODES)
         _check_head(num_classes, global_pool)
         if num_classes and not global_pool:
@@ -270,6 +271,11 @@ class CifarResNet(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
+def _check_depth(depth: int) -> None:
+    if depth < 8 or (depth - 2) % 6:
+        raise ValueError(f"depth={depth!r}, but it must be 6n + 2 for some n >= 1")
+
+
 def _check_head(num_classes: int, global_pool: str) -> None:
     if num_classes < 0:
         raise ValueError(f"num_classes={num_classes!r}, but it must be at least 0")
@@ -291,7 +297,7 @@ def _cfg(**kwargs) -> dict:
     )
 
 
-# Mean and standard deviation of the 50,000 training images, per channel.
+# Mean and standard deviation per channel of all the images to learn from: CIFAR's 50,000, SVHN's train and extra.
 DATA_CONFIGURATIONS = {
     "cifar10": _cfg(
         num_classes=10,
@@ -305,18 +311,34 @@ DATA_CONFIGURATIONS = {
         mean=(0.5071, 0.4865, 0.4409),
         std=(0.2673, 0.2564, 0.2762),
     ),
+    "svhn": _cfg(
+        num_classes=10,
+        label_names=SVHN_LABELS,
+        mean=(0.4309, 0.4302, 0.4463),
+        std=(0.1965, 0.1983, 0.1994),
+    ),
 }
-DEPTHS = (20, 32, 44, 56, 110, 1202)
+DEPTHS = (20, 32, 44, 56, 110, 152, 1202)
 
-default_cfgs = generate_default_cfgs(
-    {
-        name: {**cfg, **source(name)}
-        for depth in DEPTHS
-        for suffix in ("", "_sd")
-        for dataset, cfg in DATA_CONFIGURATIONS.items()
-        for name in names(f"cifar_resnet{depth}{suffix}", dataset)
-    }
-)
+default_cfgs = {}
+
+
+def register_depth(depth: int) -> None:
+    """Register `cifar_resnet{depth}` and `cifar_resnet{depth}_sd` with timm, unless they already are.
+
+    Importing the package does this for the depths 20, 32, 44, 56, 110, 152 and 1202. Raises ValueError unless the depth
+    is 6n + 2.
+    """
+    _check_depth(depth)
+    if timm.is_model(f"cifar_resnet{depth}"):
+        return
+    _register(f"cifar_resnet{depth}", f"ResNet-{depth} with constant depth (He et al.).", depth=depth)
+    _register(
+        f"cifar_resnet{depth}_sd",
+        f"ResNet-{depth} with stochastic depth, linear decay to p_L = 0.5 (Huang et al.).",
+        depth=depth,
+        drop_path_rate=0.5,
+    )
 
 
 def _register(name: str, description: str, **model_args) -> None:
@@ -343,16 +365,12 @@ def _register(name: str, description: str, **model_args) -> None:
             **{**model_args, **kwargs},
         )
 
+    tags = {tag: cfg | source(tag) for dataset, cfg in DATA_CONFIGURATIONS.items() for tag in names(name, dataset)}
+    default_cfgs.update(generate_default_cfgs(tags))
     entrypoint.__name__ = entrypoint.__qualname__ = name
     entrypoint.__doc__ = description
     globals()[name] = register_model(entrypoint)
 
 
 for _depth in DEPTHS:
-    _register(f"cifar_resnet{_depth}", f"ResNet-{_depth} with constant depth (He et al.).", depth=_depth)
-    _register(
-        f"cifar_resnet{_depth}_sd",
-        f"ResNet-{_depth} with stochastic depth, linear decay to p_L = 0.5 (Huang et al.).",
-        depth=_depth,
-        drop_path_rate=0.5,
-    )
+    register_depth(_depth)

@@ -3,7 +3,8 @@
 Everything random is drawn on the CPU as a function of (seed, epoch), so a run sees the same batches on any device.
 """
 
-from collections.abc import Iterator
+import importlib.util
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,13 +13,14 @@ import timm.data
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.datasets import CIFAR10, CIFAR100, SVHN
 
 from .errors import UserError
+from .paper import PROTOCOLS
 
-LEARNING_IMAGES = {"cifar10": 50_000, "cifar100": 50_000, "synthetic": 5_000}
 MAX_SHIFT = 4
-VALIDATION_SHARE = 0.1
+SVHN_TRAIN = 73_257  # images of the part "train"; "extra" comes after it
+SVHN_HELD_OUT = (400, 200)  # images of each digit for validation, from "train" and from "extra"
 SHAPES = (
     "disc",
     "ring",
@@ -40,6 +42,11 @@ class ImageSet:
     images: Tensor
     labels: Tensor
 
+    @classmethod
+    def of(cls, images: np.ndarray, labels: Sequence[int]) -> "ImageSet":
+        """From arrays in any memory layout."""
+        return cls(torch.from_numpy(np.ascontiguousarray(images)), torch.as_tensor(labels, dtype=torch.int64))
+
     def __len__(self) -> int:
         return len(self.labels)
 
@@ -52,28 +59,34 @@ class ImageSet:
 
 
 def load(dataset: str, data_dir: Path, download: bool = False) -> tuple[ImageSet, ImageSet]:
-    """The training and test images of "cifar10", "cifar100" (50,000 and 10,000) or "synthetic" (5,000 and 1,000).
+    """The images to learn from and the test images of a data set.
 
-    CIFAR is read from torchvision's files in `data_dir`, checked by MD5, and downloaded only with `download`.
+    They are 50,000 and 10,000 for "cifar10" and "cifar100", 604,388 ("train", then "extra") and 26,032 for "svhn", and
+    5,000 and 1,000 for "synthetic". The files in `data_dir` are torchvision's, checked by MD5, and downloaded only with
+    `download`.
 
-    Raises UserError if files are missing or corrupt, or cannot be downloaded.
+    Raises UserError if files are missing or corrupt, or cannot be downloaded, or SciPy is missing for SVHN.
     """
     if dataset == "synthetic":
         return draw_shapes(5000, seed=0), draw_shapes(1000, seed=1)
-    torchvision_set = {"cifar10": CIFAR10, "cifar100": CIFAR100}[dataset]
-    parts = []
-    for train in (True, False):
-        try:
-            part = torchvision_set(data_dir, train=train, download=download)
-        except (OSError, RuntimeError) as error:
-            way_out = (
-                f"the download failed ({error})"
-                if download
-                else "pass its folder as --data-dir, download it with train.py --download, or try --dataset synthetic"
-            )
-            raise UserError(f"{dataset} is missing or corrupt in {str(data_dir)!r}: {way_out}") from error
-        parts.append(ImageSet(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)))
-    return parts[0], parts[1]
+    if dataset == "svhn" and not importlib.util.find_spec("scipy"):
+        raise UserError("svhn is read by SciPy, which is not installed: pip install -e '.[svhn]'")
+    try:
+        if dataset == "svhn":
+            parts = [SVHN(data_dir, part, download=download) for part in ("train", "extra", "test")]
+            train, extra, test = (ImageSet.of(part.data, part.labels) for part in parts)
+            return ImageSet(torch.cat([train.images, extra.images]), torch.cat([train.labels, extra.labels])), test
+        cifar = {"cifar10": CIFAR10, "cifar100": CIFAR100}[dataset]
+        parts = [cifar(data_dir, train=train, download=download) for train in (True, False)]
+        train, test = (ImageSet.of(part.data.transpose(0, 3, 1, 2), part.targets) for part in parts)
+        return train, test
+    except (OSError, RuntimeError) as error:
+        way_out = (
+            f"the download failed ({error})"
+            if download
+            else "pass its folder as --data-dir, download it with train.py --download, or try --dataset synthetic"
+        )
+        raise UserError(f"{dataset} is missing or corrupt in {str(data_dir)!r}: {way_out}") from error
 
 
 def draw_shapes(num_images: int, seed: int) -> ImageSet:
@@ -108,17 +121,21 @@ def draw_shapes(num_images: int, seed: int) -> ImageSet:
     return ImageSet(torch.from_numpy(images.clip(0, 255).astype(np.uint8)), torch.from_numpy(labels))
 
 
-def split_sizes(num_images: int) -> tuple[int, int]:
-    """How many of `num_images` are for training and how many for validation."""
-    held_out = round(VALIDATION_SHARE * num_images)
-    return num_images - held_out, held_out
+def split(data: ImageSet, seed: int, dataset: str = "cifar10") -> tuple[ImageSet, ImageSet]:
+    """A random split into images for training and for validation.
 
-
-def split(data: ImageSet, seed: int) -> tuple[ImageSet, ImageSet]:
-    """A random split into nine tenths for training and one tenth for validation (for CIFAR, 45,000 and 5,000)."""
+    A tenth is for validation (for CIFAR, 5,000 images), but of SVHN 400 images of each digit in "train" and 200 of each
+    in "extra", as in the authors' code.
+    """
     order = torch.randperm(len(data), generator=_generator(seed, epoch=0))
-    _, held_out = split_sizes(len(data))
-    return data[order[held_out:]], data[order[:held_out]]
+    if dataset == "svhn":
+        digits = data.labels[order]
+        parts = zip((order < SVHN_TRAIN, order >= SVHN_TRAIN), SVHN_HELD_OUT, strict=True)
+        held_out = torch.cat([order[part & (digits == digit)][:count] for part, count in parts for digit in range(10)])
+    else:
+        protocol = PROTOCOLS[dataset]
+        held_out = order[: round(len(data) * protocol.held_out / protocol.images)]
+    return data[order[~torch.isin(order, held_out)]], data[held_out]
 
 
 @dataclass(frozen=True)
@@ -160,13 +177,11 @@ def training_batches(
     seed: int,
     epoch: int,
     first_step: int = 0,
-    process: int = 0,
-    num_processes: int = 1,
+    augmented: bool = True,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """One epoch of (images, labels): every image once, in random order and augmented, the last batch smaller.
+    """One epoch of (images, labels): every image once, in random order, the last batch smaller.
 
-    Each batch is split across the processes, in parts that differ by one image at most. An epoch resumed at
-    `first_step` continues with the same batches.
+    If `augmented`, each image is shifted and flipped. An epoch resumed at `first_step` continues with the same batches.
     """
     generator = _generator(seed, epoch)
     device = data.labels.device
@@ -174,10 +189,11 @@ def training_batches(
     shifts = torch.randint(2 * MAX_SHIFT + 1, (len(data), 2), generator=generator).to(device)
     flips = (torch.rand(len(data), generator=generator) < 0.5).to(device)
     for start in range(first_step * batch_size, len(data), batch_size):
-        size = min(batch_size, len(data) - start)
-        drawn = slice(start + size * process // num_processes, start + size * (process + 1) // num_processes)
+        drawn = slice(start, start + batch_size)
         batch = data[order[drawn]]
-        images = shift_and_flip(standardize(batch.images), shifts[drawn], flips[drawn])
+        images = standardize(batch.images)
+        if augmented:
+            images = shift_and_flip(images, shifts[drawn], flips[drawn])
         yield images.contiguous(memory_format=torch.channels_last), batch.labels
 
 

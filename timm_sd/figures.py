@@ -21,7 +21,6 @@ from .errors import UserError
 from .files import write
 from .gate import draw_gates
 from .record import Record
-from .stochastic_depth import SCHEDULES
 
 CONSTANT, STOCHASTIC = "constant depth", "stochastic depth"
 Groups = dict[str, Sequence[Record]]
@@ -32,6 +31,15 @@ LINES = {CONSTANT: "--", STOCHASTIC: "-"}
 THIN_LINES = {CONSTANT: ":", STOCHASTIC: "-."}
 MARKERS = {CONSTANT: "s", STOCHASTIC: "o"}
 GRAY = "0.4"
+# Of the sweep: constant depth, the schedules, and survival probabilities that were given.
+SWEEP = {
+    CONSTANT: (COLORS[CONSTANT], dict(linestyle="none", marker="s")),
+    "linear": (COLORS[STOCHASTIC], dict(linestyle="-", marker="o")),
+    "uniform": ("#009E73", dict(linestyle=":", marker="^")),
+    "quadratic": ("#CC79A7", dict(linestyle="--", marker="D")),
+    "exponential": ("#E69F00", dict(linestyle="-.", marker="v")),
+    "given": ("0.2", dict(linestyle="none", marker="x")),
+}
 
 
 def kind(record: Record) -> str:
@@ -224,27 +232,22 @@ def times(groups: Groups) -> Figure:
 
 
 def sweep(records: Sequence[Record]) -> Figure:
-    """Figure 8: test error at the best validation error against p_L for both schedules, and against depth.
+    """Figure 8: test error at the best validation error against p_L for each schedule, and against depth.
 
     The left plot is for the depth with the most runs, the right one for constant depth and linear decay to p_L = 0.5.
     """
     figure, (left, right) = _new_figure(2, width=10)
     depths = Counter(record.depth for record in records)
     depth = max(depths, key=lambda depth: (depths[depth], depth))
-    constant = [record for record in records if kind(record) == CONSTANT]
-    linear, uniform = (
-        [r for r in records if kind(r) == STOCHASTIC and r.options.drop_path_schedule == name] for name in SCHEDULES
-    )
-    for group, name, color, style in (
-        (constant, CONSTANT, COLORS[CONSTANT], dict(linestyle="none", marker="s")),
-        (linear, "linear decay", COLORS[STOCHASTIC], dict(linestyle="-", marker="o")),
-        (uniform, "uniform", "#009E73", dict(linestyle=":", marker="^")),
-    ):
-        at_depth = [record for record in group if record.depth == depth]
+    runs = defaultdict(list)
+    for record in records:
+        runs[record.schedule if record.stochastic else CONSTANT].append(record)
+    for name, (color, style) in SWEEP.items():
+        at_depth = [record for record in runs[name] if record.depth == depth]
         _draw_errors(left, at_depth, lambda record: record.survival[-1], name, color, **style)
     left.set_xlabel(f"$p_L$, survival probability of the last block ({depth} layers)")
-    halved = [record for record in linear if record.survival[-1] == 0.5]
-    for group, name, kind_ in ((constant, CONSTANT, CONSTANT), (halved, "linear decay, $p_L$ = 0.5", STOCHASTIC)):
+    halved = [record for record in runs["linear"] if record.survival[-1] == 0.5]
+    for group, name, kind_ in ((runs[CONSTANT], CONSTANT, CONSTANT), (halved, "linear, $p_L$ = 0.5", STOCHASTIC)):
         style = dict(linestyle=LINES[kind_], marker=MARKERS[kind_])
         _draw_errors(right, group, lambda record: record.depth, name, COLORS[kind_], **style)
     right.set_xlabel("layers")

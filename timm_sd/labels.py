@@ -1,4 +1,4 @@
-"""Class names of CIFAR-10 and CIFAR-100, in the order of their labels."""
+"""Class names of CIFAR-10, CIFAR-100 and SVHN, in the order of their labels."""
 
 CIFAR10_LABELS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -13,3 +13,5 @@ CIFAR100_LABELS = tuple(
     wardrobe whale willow_tree wolf woman worm
     """.split()
 )
+
+SVHN_LABELS = tuple("0123456789")

@@ -6,25 +6,25 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from . import pretrained
-from .cifar_resnet import CifarResNet
-from .data import LEARNING_IMAGES, split_sizes
+from .cifar_resnet import DEPTHS, CifarResNet
 from .files import read_sums
 from .options import Options
 from .record import Record
 
 TEMPLATE = Path(__file__).parent / "model_card.md.jinja"
-DATASET_NAMES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "synthetic": "timm-sd's synthetic shapes"}
-HUB_DATASETS = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
-PRECISIONS = {"no": "float32", "bf16": "bfloat16 (autocast)"}
-LR_SCHEDULES_IN_WORDS = {
-    "steps": "learning rate {lr:g}, divided by 10 after half of the epochs and again after three quarters",
-    "one-cycle": "learning rate rising linearly to {lr:g} in the first fifth of the steps, then falling linearly to 0",
+DATASET_NAMES = {
+    "cifar10": "CIFAR-10",
+    "cifar100": "CIFAR-100",
+    "svhn": "SVHN",
+    "synthetic": "timm-sd's synthetic shapes",
 }
+HUB_DATASETS = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100", "svhn": "ufldl-stanford/svhn"}
+PRECISIONS = {"no": "float32", "bf16": "bfloat16 (autocast)"}
 
 
 def deviations(record: Record) -> list[str]:
     """Where this run deviates from the paper's protocol, apart from what docs/method.md lists for all runs."""
-    theirs, ours = Options(), record.options
+    ours = record.options
     names = {
         "epochs": "epochs",
         "batch_size": "batch size",
@@ -32,15 +32,17 @@ def deviations(record: Record) -> list[str]:
         "lr_schedule": "learning rate schedule",
         "weight_decay": "weight decay",
     }
+    theirs = Options(ours.model, ours.dataset)
     found = [
         f"{words} {getattr(ours, name)} (paper: {getattr(theirs, name)})"
         for name, words in names.items()
-        if getattr(ours, name) != getattr(theirs, name)
+        if name in ours.changed
     ]
+    found += [f"{regularizer} (paper: none)" for regularizer in record.regularizers]
     if record.stochastic and record.survival[-1] != 0.5:
         found.append(f"p_L {record.survival[-1]:g} (paper: 0.5)")
-    if record.stochastic and ours.drop_path_schedule != "linear":
-        found.append("uniform survival probabilities (paper: linear)")
+    if record.stochastic and record.schedule != "linear":
+        found.append(f"{record.schedule} survival probabilities (paper: linear)")
     if record.mixed_precision != "no":
         found.append(f"computed in {PRECISIONS[record.mixed_precision]} (paper: float32)")
     if any(where["processes"] > 1 for where in record.environments) and not ours.sync_bn:
@@ -50,6 +52,15 @@ def deviations(record: Record) -> list[str]:
     if ours.dataset == "synthetic":
         found.append("synthetic shapes (paper: CIFAR)")
     return found
+
+
+def schedule_in_words(record: Record) -> str:
+    """The learning rate over the epochs."""
+    lr = record.options.lr
+    if record.options.lr_schedule == "one-cycle":
+        return f"learning rate rising linearly to {lr:g} in the first fifth of the steps, then falling linearly to 0"
+    first, second = (f"{drop:.0%}" for drop in record.protocol.lr_drops)
+    return f"learning rate {lr:g}, divided by 10 after {first} of the epochs and again after {second}"
 
 
 def model_card(record: Record, network: CifarResNet, name: str, address: str | None, sha256: str) -> ModelCard:
@@ -62,8 +73,8 @@ def model_card(record: Record, network: CifarResNet, name: str, address: str | N
     where = record.environments[0]
     on_cpu = where["device"] == "cpu"
     dataset, hub_dataset = DATASET_NAMES[options.dataset], HUB_DATASETS.get(options.dataset)
-    published = record.published
-    comparison = f"the paper's is {published}%" if published else "no published result"
+    published, source = record.published or (None, None)
+    comparison = f"{source}: {published:.2f}%" if published else "no published result"
     result = dict(
         task_type="image-classification",
         task_name="Image Classification",
@@ -115,14 +126,18 @@ def model_card(record: Record, network: CifarResNet, name: str, address: str | N
         hub_dataset=hub_dataset,
         best=best,
         last=record.last,
-        paper=f"{published}%" if published else "",
-        sizes=split_sizes(LEARNING_IMAGES[options.dataset]),
-        schedule=LR_SCHEDULES_IN_WORDS[options.lr_schedule].format(lr=options.lr),
+        published=f"{published:.2f}%" if published else "",
+        source=source,
+        protocol=record.protocol,
+        schedule=schedule_in_words(record),
         survival=(
-            f"{options.drop_path_schedule} survival probabilities with p_L = {record.survival[-1]:g}"
+            f"{record.schedule} survival probabilities with p_L = {record.survival[-1]:g}"
             if record.stochastic
             else "no block is dropped"
         ),
+        regularizers=record.regularizers,
+        registered=record.depth in DEPTHS,
+        depth=record.depth,
         precision=PRECISIONS[record.mixed_precision],
         environments=record.environments,
         command=record.command,

@@ -1,24 +1,39 @@
 """The options of a training run, each declared once for Python, config.json and the command line."""
 
 import argparse
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-import timm
-
+from .cifar_resnet import register_depth
 from .command_line import path
 from .errors import UserError
-from .stochastic_depth import SCHEDULES
+from .paper import PROTOCOLS
+from .stochastic_depth import SCHEDULES, survival_probabilities
 
-MODELS = tuple(timm.list_models(module="cifar_resnet"))
-DATASETS = ("cifar10", "cifar100", "synthetic")
+DATASETS = tuple(PROTOCOLS)
 LR_SCHEDULES = ("steps", "one-cycle")
-PAPER_EPOCHS = 500
 # Groups of options in --help.
-RUN, COMPUTATION, OUTPUT = "training", "computation", "output"
+RUN, REGULARIZATION, COMPUTATION, OUTPUT = "training", "regularization", "computation", "output"
 AT_LEAST_1 = (lambda value: value >= 1, "at least 1")
+AT_LEAST_0 = (lambda value: 0 <= value <= 1e30, "in [0, 1e30]")
+FRACTION = (lambda value: 0 <= value < 1, "in [0, 1)")
+
+
+def schedule(text: str) -> str | tuple[float, ...]:
+    """Argument type: a schedule's name, or survival probabilities separated by commas, or a file of them."""
+    if text in SCHEDULES:
+        return text
+    try:
+        numbers = text if "," in text else path(text).read_text(encoding="utf-8")
+        return tuple(float(number) for number in re.split(r"[\s,]+", numbers.strip()))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not {', '.join(SCHEDULES)}, probabilities separated by commas, or a file of them ({reason})"
+        ) from error
 
 
 def option(
@@ -28,12 +43,16 @@ def option(
     choices: tuple[str, ...] | None = None,
     valid: tuple[Callable[[Any], bool], str] | None = None,
     free: bool = False,
+    parse: Callable[[str], Any] | None = None,
 ) -> Any:
     """A field of `Options`, with its `choices`, or with a test for `valid` values and its description.
 
-    A `free` one does not affect the weights, so a resumed run may change it.
+    A `free` one does not affect the weights, so a resumed run may change it. `parse` is the argument type on the
+    command line if it is not the field's own.
     """
-    return field(default=default, metadata=dict(group=group, help=help, choices=choices, valid=valid, free=free))
+    return field(
+        default=default, metadata=dict(group=group, help=help, choices=choices, valid=valid, free=free, parse=parse)
+    )
 
 
 @dataclass(frozen=True)
@@ -43,23 +62,49 @@ class Options:
     Raises UserError for a value of the wrong type or one that is not valid.
     """
 
-    model: str = option("cifar_resnet110_sd", RUN, "one of timm_sd's networks", MODELS)
+    model: str = option(
+        "cifar_resnet110_sd",
+        RUN,
+        "cifar_resnetN or cifar_resnetN_sd, for any depth N = 6n + 2",
+        valid=(re.compile(r"cifar_resnet[1-9]\d{,4}(_sd)?").fullmatch, "cifar_resnetN or cifar_resnetN_sd, N = 6n + 2"),
+    )
     dataset: str = option("cifar10", RUN, "the data set", DATASETS)
-    data_dir: Path = option(Path("data"), RUN, "folder with torchvision's CIFAR files", free=True)
-    download: bool = option(False, RUN, "download the CIFAR files to --data-dir", free=True)
-    epochs: int = option(PAPER_EPOCHS, RUN, "passes over the training images", valid=AT_LEAST_1)
+    data_dir: Path = option(Path("data"), RUN, "folder with torchvision's files", free=True)
+    download: bool = option(False, RUN, "download the files to --data-dir", free=True)
+    epochs: int | None = option(
+        None, RUN, "passes over the training images; if omitted, the paper's: 500, and 50 for svhn", valid=AT_LEAST_1
+    )
     batch_size: int = option(128, RUN, "images per step, across all processes", valid=AT_LEAST_1)
     lr: float = option(0.1, RUN, "peak learning rate", valid=(lambda lr: 0 < lr <= 1e30, "in (0, 1e30]"))
     lr_schedule: str = option("steps", RUN, "steps (the authors') or one-cycle (for short runs)", LR_SCHEDULES)
-    weight_decay: float = option(
-        1e-4, RUN, "applied to every parameter", valid=(lambda decay: 0 <= decay <= 1e30, "in [0, 1e30]")
+    weight_decay: float = option(1e-4, RUN, "applied to every parameter", valid=AT_LEAST_0)
+    drop_path: float | None = option(None, RUN, "1 - p_L; if omitted, the network's own", valid=FRACTION)
+    drop_path_schedule: str | tuple = option(
+        "linear",
+        RUN,
+        f"{', '.join(SCHEDULES)}, or the probabilities p_1,...,p_L or a file of them",
+        parse=schedule,
     )
-    drop_path: float | None = option(
-        None, RUN, "1 - p_L; if omitted, the network's own", valid=(lambda rate: 0 <= rate < 1, "in [0, 1)")
-    )
-    drop_path_schedule: str = option("linear", RUN, "linear (the paper's) or uniform", SCHEDULES)
     seed: int = option(
         0, RUN, "seed for everything random in the run", valid=(lambda seed: 0 <= seed < 2**32, "in [0, 2^32)")
+    )
+    label_smoothing: float = option(0.0, REGULARIZATION, "share of the label spread over all classes", valid=FRACTION)
+    random_erasing: float = option(
+        0.0,
+        REGULARIZATION,
+        "probability that a rectangle of an image is erased",
+        valid=(lambda p: 0 <= p <= 1, "in [0, 1]"),
+    )
+    mixup: float = option(0.0, REGULARIZATION, "alpha of mixup", valid=AT_LEAST_0)
+    cutmix: float = option(
+        0.0, REGULARIZATION, "alpha of CutMix; with mixup, each batch gets one of them", valid=AT_LEAST_0
+    )
+    dropout: float = option(0.0, REGULARIZATION, "probability of dropout before the classifier", valid=FRACTION)
+    ema_decay: float = option(
+        0.0,
+        REGULARIZATION,
+        "decay per step of a moving average of the weights, which is then the result",
+        valid=FRACTION,
     )
     sync_bn: bool = option(False, COMPUTATION, "normalize over the whole batch instead of each GPU's part")
     grad_checkpointing: bool = option(False, COMPUTATION, "recompute blocks in the backward pass to save memory")
@@ -78,28 +123,49 @@ class Options:
         kinds = get_type_hints(Options)
         for declared in fields(Options):
             name, value, kind = declared.name, getattr(self, declared.name), kinds[declared.name]
-            if not _is_a(value, kind):
+            if not _is_a(value, kind) or (isinstance(value, tuple) and not all(_is_a(p, float) for p in value)):
                 raise UserError(f"{flag(name)} {value!r}: it must be of type {getattr(kind, '__name__', kind)}")
             choices, valid = declared.metadata["choices"], declared.metadata["valid"]
             if choices and value not in choices:
                 raise UserError(f"{flag(name)} {value}: it must be one of {', '.join(choices)}")
             if valid and value is not None and not valid[0](value):
                 raise UserError(f"{flag(name)} {value}: it must be {valid[1]}")
+        if self.epochs is None:
+            object.__setattr__(self, "epochs", PROTOCOLS[self.dataset].epochs)
+        if isinstance(self.drop_path_schedule, tuple) and self.drop_path is not None:
+            raise UserError("--drop-path has no effect on given probabilities: omit it")
+        depth = int(re.search(r"\d+", self.model)[0])
+        try:
+            register_depth(depth)
+        except ValueError as error:
+            raise UserError(f"--model {self.model}: {error}") from error
+        try:
+            survival_probabilities((depth - 2) // 2, 1.0, self.drop_path_schedule)
+        except ValueError as error:
+            raise UserError(f"--drop-path-schedule: {error}") from error
         if self.output_dir == self.output_dir.parent:
             raise UserError(f"--output {self.output}: a run needs a folder of its own")
         if self.cuda_graphs and self.grad_checkpointing:
             raise UserError("--cuda-graphs keeps every activation: omit --grad-checkpointing")
 
     @property
+    def changed(self) -> list[str]:
+        """The names of the options that are not the paper's, without model, data set, seed and those that are free."""
+        papers = {name: getattr(Options, name) for name in BOUND_OPTIONS} | {"epochs": PROTOCOLS[self.dataset].epochs}
+        return [
+            name
+            for name in BOUND_OPTIONS
+            if name not in ("model", "dataset", "seed") and getattr(self, name) != papers[name]
+        ]
+
+    @property
     def output_dir(self) -> Path:
         """The run's folder as an absolute path."""
-        named = ("model", "dataset", "seed")
-        others = [
-            f"-{name.replace('_', '-')}{getattr(self, name)}"
-            for name in BOUND_OPTIONS
-            if name not in named and getattr(self, name) != getattr(Options, name)
-        ]
-        default = Path("output") / f"{self.model}-{self.dataset}-seed{self.seed}{''.join(others)}"
+        values = {name: getattr(self, name) for name in self.changed}
+        if isinstance(self.drop_path_schedule, tuple):
+            values["drop_path_schedule"] = "-given"  # a name of 54 numbers would be too long
+        changed = [f"-{name.replace('_', '-')}{value}" for name, value in values.items()]
+        default = Path("output") / f"{self.model}-{self.dataset}-seed{self.seed}{''.join(changed)}"
         return (self.output or default).expanduser().absolute()
 
     @property
@@ -110,12 +176,12 @@ class Options:
     @property
     def weights_tag(self) -> str:
         """The name of the run's weights. The tag is the data set alone for the paper's recipe, else it says more."""
-        recipe = ("epochs", "batch_size", "lr", "lr_schedule", "weight_decay", "drop_path", "drop_path_schedule")
-        is_papers = all(getattr(self, name) == getattr(Options, name) for name in recipe)
+        is_papers = all(GROUPS[name] == COMPUTATION for name in self.changed)
         return f"{self.model}.{'' if is_papers else f'e{self.epochs}_'}{self.dataset}"
 
 
 BOUND_OPTIONS = tuple(declared.name for declared in fields(Options) if not declared.metadata["free"])
+GROUPS = {declared.name: declared.metadata["group"] for declared in fields(Options)}
 
 
 def flag(name: str) -> str:
@@ -126,7 +192,7 @@ def flag(name: str) -> str:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add all the options to a parser, as arguments for `Options`."""
     kinds = get_type_hints(Options)
-    groups = {title: parser.add_argument_group(title) for title in (RUN, COMPUTATION, OUTPUT)}
+    groups = {title: parser.add_argument_group(title) for title in (RUN, REGULARIZATION, COMPUTATION, OUTPUT)}
     for declared in fields(Options):
         kind = (get_args(kinds[declared.name]) or (kinds[declared.name],))[0]
         add = groups[declared.metadata["group"]].add_argument
@@ -135,7 +201,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         else:
             add(
                 flag(declared.name),
-                type=path if kind is Path else kind,
+                type=declared.metadata["parse"] or (path if kind is Path else kind),
                 default=declared.default,
                 choices=declared.metadata["choices"],
                 help=declared.metadata["help"],

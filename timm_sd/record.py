@@ -10,10 +10,9 @@ from pathlib import Path
 import timm
 
 from . import paper
-from .data import LEARNING_IMAGES, split_sizes
 from .errors import UserError
 from .gate import gates
-from .options import BOUND_OPTIONS, Options, flag
+from .options import BOUND_OPTIONS, GROUPS, REGULARIZATION, Options, flag
 from .run_folder import Progress, RunFolder, read_config, summarize
 
 # The entries of every environment. (Earlier versions did not record NumPy.)
@@ -32,7 +31,8 @@ def read_options(path: Path) -> Options:
 
 def _options(path: Path, config: dict) -> Options:
     try:
-        return Options(**{name: config["options"][name] for name in BOUND_OPTIONS})
+        values = {name: config["options"][name] for name in BOUND_OPTIONS}
+        return Options(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
     except KeyError as error:
         raise UserError(f"{path / 'config.json'} is from another version or damaged: no option {error}") from error
     except UserError as error:
@@ -111,9 +111,14 @@ class Record:
         return self.summary["seconds"]
 
     @property
+    def protocol(self) -> paper.Protocol:
+        """How the authors use the data set."""
+        return paper.PROTOCOLS[self.options.dataset]
+
+    @property
     def images(self) -> int:
         """Training images per epoch."""
-        return split_sizes(LEARNING_IMAGES[self.options.dataset])[0]
+        return self.protocol.training_images
 
     @property
     def steps(self) -> int:
@@ -140,7 +145,19 @@ class Record:
     @property
     def stochastic(self) -> bool:
         """Whether the network has stochastic depth."""
-        return self.survival[-1] < 1
+        return min(self.survival) < 1
+
+    @property
+    def schedule(self) -> str:
+        """The schedule of the survival probabilities, or "given" if the run was given the probabilities themselves."""
+        schedule = self.options.drop_path_schedule
+        return schedule if isinstance(schedule, str) else "given"
+
+    @property
+    def regularizers(self) -> list[str]:
+        """Those beside stochastic depth, such as "mixup 0.2"."""
+        names = [name for name in self.options.changed if GROUPS[name] == REGULARIZATION]
+        return [f"{name.replace('_', ' ')} {getattr(self.options, name):g}" for name in names]
 
     @property
     def traits(self) -> dict[str, object]:
@@ -148,19 +165,19 @@ class Record:
         names = [name for name in BOUND_OPTIONS if name not in ("model", "drop_path", "drop_path_schedule")]
         return dict(
             depth=self.depth,
-            p_1=self.survival[0],
             p_L=self.survival[-1],
+            drop_path_schedule=self.options.drop_path_schedule if self.stochastic else None,
             **{name: getattr(self.options, name) for name in names},
             mixed_precision=self.mixed_precision,
         )
 
     @property
-    def published(self) -> float | None:
-        """The published test error in percent of this network on this data set, None if there is none."""
-        trained = "stochastic" if self.stochastic else "constant"
+    def published(self) -> tuple[float, str] | None:
+        """The published test error in percent of this network on this data set, and its source; or None."""
         if self.stochastic and (self.survival[-1] != 0.5 or self.options.drop_path_schedule != "linear"):
             return None
-        return paper.TEST_ERROR.get((self.depth, trained, self.options.dataset))
+        trained = "stochastic" if self.stochastic else "constant"
+        return paper.PUBLISHED.get((self.depth, trained, self.options.dataset))
 
     @property
     def command(self) -> str:
@@ -176,9 +193,9 @@ class Record:
         if environment["dynamo_backend"] != "NO":
             words += ["--dynamo_backend", environment["dynamo_backend"].lower()]
         words += ["train_scripts/train.py", "--model", self.options.model]
-        defaults = Options()
-        for name in BOUND_OPTIONS:
+        for name in ("dataset", "seed", *self.options.changed):
             value = getattr(self.options, name)
-            if name != "model" and value != getattr(defaults, name):
+            if value != getattr(Options, name):
+                value = ",".join(map(str, value)) if isinstance(value, tuple) else value
                 words += [flag(name)] + ([] if value is True else [value])
         return shlex.join(map(str, words))

@@ -43,7 +43,7 @@ def compare(records: Sequence[Record]) -> Groups:
 
     Raises UserError if there is another difference, such as in depth, or the same run twice.
     """
-    check_alike(records, but=("seed", "p_1", "p_L"))
+    check_alike(records, but=("seed", "p_L", "drop_path_schedule"))
     groups = {}
     for group in (CONSTANT, STOCHASTIC):
         if chosen := [record for record in records if kind(record) == group]:
@@ -91,8 +91,9 @@ def page(groups: Groups, sweep: Sequence[Record], figures: Sequence[str], comman
         expected=sum(groups[STOCHASTIC][0].survival) if STOCHASTIC in groups else None,
         same_machine=same_machine(groups),
         epochs=records[0].options.epochs,
+        papers_epochs=records[0].protocol.epochs,
         runs={group: len(chosen) for group, chosen in groups.items()},
-        published={group: chosen[0].published for group, chosen in groups.items()},
+        published=[groups[group][0].published for group in (STOCHASTIC, CONSTANT) if group in groups],
         published_seconds=paper.SECONDS,
         duration=lambda seconds: str(timedelta(seconds=round(seconds))),
         figures={name: CAPTIONS[name] for name in CAPTIONS if name in figures},

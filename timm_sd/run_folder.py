@@ -31,36 +31,13 @@ from torch import nn
 
 from .errors import UserError
 from .files import check_sums, parse_json, read_json, sha256, sync, write, write_json, write_sums
+from .metrics import SUMS, check_metrics
 from .options import BOUND_OPTIONS, Options
 
 BEST_FILE = "best.safetensors"
 CONFIG_FILE = "config.json"
 PROGRESS_FILE = "progress.json"
-METRICS = (
-    "epoch",
-    "lr",
-    "train_loss",
-    "train_error",
-    "active_blocks",
-    "conv1_gradient",
-    "images_per_second",
-    "validation_error",
-    "test_error",
-    "seconds",
-)
-POSITIVE = ("images_per_second", "seconds")
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-def check_metrics(history: list[dict[str, float]]) -> None:
-    """Raise ValueError or TypeError unless `history` has the metrics of epochs 1, 2, ..., each a possible number."""
-    for epoch, line in enumerate(history, start=1):
-        possible = isinstance(line, dict) and line.keys() == set(METRICS) and line["epoch"] == epoch
-        for name, value in line.items() if possible else ():
-            highest = 100 if name.endswith("_error") else 1e12 if name == "seconds" else 1e30
-            possible &= type(value) in (int, float) and 0 <= value <= highest and (value > 0 or name not in POSITIVE)
-        if not possible:
-            raise ValueError(f"line {epoch} does not have the metrics of epoch {epoch}")
 
 
 def write_metrics(file: Path, history: list[dict[str, float]]) -> None:
@@ -88,7 +65,7 @@ def summarize(options: Options, history: list[dict[str, float]]) -> dict[str, ob
 class Progress:
     """How far a run has come: the metrics of the finished epochs, and the totals so far of the current one.
 
-    Of the current epoch, `steps` are done; `sums` has one row per process, of sums over its images; `active_blocks` is
+    Of the current epoch, `steps` are done; `sums` has one row per process, in the order of `SUMS`; `active_blocks` is
     summed over the steps; and `seconds` have passed.
     """
 
@@ -235,7 +212,7 @@ class RunFolder:
             check_sums(checkpoint)
             config, progress = read_config(checkpoint), Progress(**read_json(checkpoint / PROGRESS_FILE))
             check_metrics(progress.history)
-            if progress.name != checkpoint.name or torch.tensor(progress.sums).shape[1:] != (3,):
+            if progress.name != checkpoint.name or torch.tensor(progress.sums).shape[1:] != (len(SUMS),):
                 raise ValueError(f"{PROGRESS_FILE} is from {progress.name}")
             if type(progress.active_blocks) is not int or type(progress.seconds) not in (int, float):
                 raise ValueError(f"{PROGRESS_FILE} has values of the wrong type")

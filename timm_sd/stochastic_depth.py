@@ -11,27 +11,41 @@ and a ReLU, and survives a training step with probability p_b:
 Nothing here is specific to a network: `StochasticDepth` is a single block, built around a gate from `timm_sd.gate`.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from .gate import Gate, check_choice, check_survival
 
-SCHEDULES = ("linear", "uniform")
+# p_b from a block's relative depth b / L and p_L.
+SCHEDULES = {
+    "linear": lambda depth, final: 1 - depth * (1 - final),
+    "uniform": lambda depth, final: final,
+    "quadratic": lambda depth, final: 1 - depth**2 * (1 - final),
+    "exponential": lambda depth, final: final**depth,
+}
 
 
-def survival_probabilities(num_blocks: int, final: float, schedule: str = "linear") -> list[float]:
-    """The survival probabilities p_1..p_L of L = `num_blocks` blocks, with p_L = `final`.
+def survival_probabilities(num_blocks: int, final: float, schedule: str | Sequence[float] = "linear") -> list[float]:
+    """The survival probabilities p_1..p_L of L = `num_blocks` blocks.
 
-    "linear" decays from the input, which always survives (p_0 = 1), to p_L: p_b = 1 - (b / L)(1 - p_L) (section 3,
-    eq. 4). "uniform" gives every block p_L.
+    All schedules end with p_L = `final`. "linear" is the paper's: it decays from the input, which always survives
+    (p_0 = 1), so p_b = 1 - (b / L)(1 - p_L) (section 3, eq. 4). "uniform" gives every block p_L (section 3).
+    "quadratic", p_b = 1 - (b / L)^2 (1 - p_L), spares the early blocks, and "exponential", p_b = p_L^(b / L), drops
+    more of them. The schedule can also be the L probabilities themselves; then `final` is not used.
 
-    Raises ValueError for a `final` outside (0, 1] or an unknown schedule.
+    Raises ValueError for a probability outside (0, 1], an unknown schedule, or another number of probabilities.
     """
     check_survival("final", final)
-    check_choice("schedule", schedule, SCHEDULES)
-    if schedule == "uniform":
-        return [final] * num_blocks
-    return [1 - block / num_blocks * (1 - final) for block in range(1, num_blocks + 1)]
+    if not isinstance(schedule, str):
+        if len(schedule) != num_blocks:
+            raise ValueError(f"{len(schedule)} survival probabilities, but there are {num_blocks} residual blocks")
+        for block, probability in enumerate(schedule, start=1):
+            check_survival(f"p_{block}", probability)
+        return list(schedule)
+    check_choice("schedule", schedule, list(SCHEDULES))
+    return [SCHEDULES[schedule](block / num_blocks, final) for block in range(1, num_blocks + 1)]
 
 
 class StochasticDepth(nn.Module):

@@ -4,7 +4,7 @@ import copy
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import chain
 
@@ -24,20 +24,23 @@ from .errors import UserError
 from .evaluation import evaluate
 from .gate import draw_gates, gates, use_gates
 from .interruption import Interruption
+from .metrics import SUMS
 from .options import Options
+from .paper import PROTOCOLS
 from .processes import mean_in_order, on_all_processes, on_main_process
+from .regularization import Regularization, moving_average
 from .run_folder import Progress, RunFolder, summarize
 
 ONE_CYCLE_RISE = 0.2  # fraction of all steps
 
 
-def stepwise(epoch: int, epochs: int, initial: float) -> float:
-    """The authors' learning rate: `initial`, divided by 10 from 50% of the epochs on and by 100 from 75%.
+def stepwise(epoch: int, epochs: int, initial: float, drops: Sequence[float]) -> float:
+    """The authors' learning rate: `initial`, divided by 10 at each of `drops`, which are fractions of the epochs.
 
-    Epochs count from 1: with 500, epoch 250 is the first at a tenth and epoch 375 the first at a hundredth.
+    Epochs count from 1: with 500 and drops at 0.5 and 0.75, epoch 250 is the first at a tenth and epoch 375 the first
+    at a hundredth.
     """
-    drops = (epoch >= 0.5 * epochs) + (epoch >= 0.75 * epochs)
-    return initial / 10**drops
+    return initial / 10 ** sum(epoch >= drop * epochs for drop in drops)
 
 
 def one_cycle(step: int, steps: int, peak: float) -> float:
@@ -91,12 +94,13 @@ class Run:
         self.accelerator = accelerator
         self.options = options
         self.folder = folder
+        self.protocol = PROTOCOLS[options.dataset]
         self.progress = Progress()
 
         learning_set, test_set = on_all_processes(
             lambda: data.load(options.dataset, options.data_dir, options.download)
         )
-        parts = (*data.split(learning_set, options.seed), test_set)
+        parts = (*data.split(learning_set, options.seed, options.dataset), test_set)
         self.training_set, self.validation_set, self.test_set = (part.to(accelerator.device) for part in parts)
         self.steps = math.ceil(len(self.training_set) / options.batch_size)  # per epoch
         last = len(self.training_set) % options.batch_size
@@ -109,6 +113,10 @@ class Run:
         network = create_network(options)
         # What is evaluated and saved: the network without anything that training adds to it.
         self.plain = copy.deepcopy(network).to(accelerator.device)
+        self.average = moving_average(self.plain, options.ema_decay) if options.ema_decay else None
+        if self.average is not None:
+            self.plain = self.average.module
+        self.regularize = Regularization(options, network, accelerator.device)
         network.set_grad_checkpointing(options.grad_checkpointing)
         if options.sync_bn:
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
@@ -127,20 +135,21 @@ class Run:
         self.gates = gates(network)
         self.survival = [gate.survival for gate in self.gates]
         self.standardize = data.Standardize.of(network, accelerator.device)
-        # Sums over the current epoch: the loss and errors over this process's images, and its share of the first
-        # convolution's mean absolute gradient over the steps. Reading them would make the host wait for the device.
-        self.sums = torch.zeros(3, device=accelerator.device)
+        # This process's sums over the current epoch. Reading them would make the host wait for the device.
+        self.sums = torch.zeros(len(SUMS), device=accelerator.device)
 
         self.graphed = options.cuda_graphs and accelerator.device.type == "cuda"
         if accelerator.device.type == "cuda":
             torch.backends.cudnn.benchmark = True  # every batch but the last has the same shape
 
         # A checkpoint has the plain network's keys, so that a run can resume in other wrappers.
+        checkpointed = [network] if self.average is None else [network, self.average]
+
         def save_unwrapped(models: list[nn.Module], weights: list[dict], folder: str) -> None:
-            weights[:] = [network.state_dict()]
+            weights[:] = [model.state_dict() for model in checkpointed]
 
         def load_unwrapped(models: list[nn.Module], folder: str) -> None:
-            models[:] = [network]
+            models[:] = checkpointed
 
         accelerator.register_save_state_pre_hook(save_unwrapped)
         accelerator.register_load_state_pre_hook(load_unwrapped)
@@ -176,24 +185,32 @@ class Run:
         images, _ = next(data.evaluation_batches(self.training_set, self.options.batch_size, self.standardize))
         graph_blocks(self.network, images, torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else None)
 
-    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """This process's (images, labels) for the remaining steps of the current epoch."""
-        return data.training_batches(
+    def batches(self) -> Iterator[tuple[Tensor, Tensor, int]]:
+        """For the remaining steps of the current epoch: this process's images and labels, and the size of the batch.
+
+        With mixup or CutMix, the labels are class probabilities.
+        """
+        options, progress = self.options, self.progress
+        batches = data.training_batches(
             self.training_set,
-            self.options.batch_size,
+            options.batch_size,
             self.standardize,
-            self.options.seed,
-            self.progress.epoch,
-            self.progress.steps,
-            self.accelerator.process_index,
-            self.accelerator.num_processes,
+            options.seed,
+            progress.epoch,
+            progress.steps,
+            self.protocol.augmented,
         )
+        process, processes = self.accelerator.process_index, self.accelerator.num_processes
+        for step, (images, labels) in enumerate(batches, start=(progress.epoch - 1) * self.steps + progress.steps):
+            size = len(labels)
+            part = slice(size * process // processes, size * (process + 1) // processes)
+            yield *self.regularize(images, labels, step, part), size
 
     def learning_rate(self, step: int) -> float:
         """The learning rate at a step of the current epoch, counted from 1."""
         epoch, options = self.progress.epoch, self.options
         if options.lr_schedule == "steps":
-            return stepwise(epoch, options.epochs, options.lr)
+            return stepwise(epoch, options.epochs, options.lr, self.protocol.lr_drops)
         return one_cycle((epoch - 1) * self.steps + step, options.epochs * self.steps, options.lr)
 
     def step(self, images: Tensor, labels: Tensor, gate_values: Tensor, batch_size: int) -> None:
@@ -201,14 +218,20 @@ class Run:
         processes = self.accelerator.num_processes
         with use_gates(self.gates, gate_values):
             logits = self.model(images)
-            loss = F.cross_entropy(logits, labels, reduction="sum")
+            loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=self.options.label_smoothing)
             # DDP averages gradients over the processes. This makes them the mean over the batch, however it is split.
             self.accelerator.backward(loss * (processes / batch_size))
         self.optimizer.step()
+        if self.average is not None:
+            self.average.update_parameters(self.network)
         with torch.no_grad():
-            errors = (logits.argmax(1) != labels).sum()
-            gradient = self.network.conv1.weight.grad.abs().mean() / processes
-            self.sums += torch.stack([loss, errors.to(loss.dtype), gradient])
+            likeliest = labels.argmax(1) if labels.ndim == 2 else labels
+            sums = dict(
+                train_loss=loss,
+                train_error=100 * (logits.argmax(1) != likeliest).sum(),
+                conv1_gradient=self.network.conv1.weight.grad.abs().mean() / processes,
+            )
+            self.sums += torch.stack([sums[name].to(self.sums.dtype) for name in SUMS])
         self.optimizer.zero_grad(set_to_none=not self.graphed)
 
     def train_epoch(self, interruption: Interruption) -> dict[str, float]:
@@ -231,10 +254,9 @@ class Run:
             leave=False,
             disable=None if self.accelerator.is_main_process else True,
         ) as batches:
-            for images, labels in batches:
+            for images, labels, batch_size in batches:
                 step = (progress.epoch - 1) * self.steps + progress.steps
                 gate_values = draw_gates(self.survival, options.seed, step)
-                batch_size = min(options.batch_size, len(self.training_set) - progress.steps * options.batch_size)
                 for group in self.optimizer.param_groups:
                     group["lr"] = self.learning_rate(progress.steps + 1)
                 self.step(images, labels, gate_values, batch_size)
@@ -248,23 +270,23 @@ class Run:
                 if due and progress.steps < self.steps:
                     self.checkpoint()
 
-        loss, errors, gradient = self.accelerator.reduce(self.sums).tolist()
+        sums = dict(zip(SUMS, self.accelerator.reduce(self.sums).tolist(), strict=True))
         progress.seconds = time.perf_counter() - started
-        self.check_finite(loss)
+        self.check_finite(sum(sums.values()))
+        images = len(self.training_set)
         return dict(
             epoch=progress.epoch,
             lr=self.learning_rate(self.steps),
-            train_loss=loss / len(self.training_set),
-            train_error=100 * errors / len(self.training_set),
+            **{name: total / (self.steps if name == "conv1_gradient" else images) for name, total in sums.items()},
             active_blocks=progress.active_blocks / self.steps,
-            conv1_gradient=gradient / self.steps,
-            images_per_second=len(self.training_set) / progress.seconds,
+            images_per_second=images / progress.seconds,
         )
 
     def evaluate(self) -> dict[str, float]:
         """The current network's validation and test error, in percent."""
-        broadcast(list(self.network.buffers()))  # the first process's running statistics are the network's
-        self.plain.load_state_dict(self.network.state_dict())
+        if self.average is None:
+            self.plain.load_state_dict(self.network.state_dict())
+        broadcast(list(self.plain.buffers()))  # the first process's running statistics are the network's
         parts = {"validation_error": self.validation_set, "test_error": self.test_set}
         return {
             name: evaluate(self.accelerator, self.plain, part, self.standardize).error for name, part in parts.items()
@@ -288,14 +310,15 @@ class Run:
         Raises UserError if the loss or a weight is no longer finite.
         """
         self.progress.sums = self.accelerator.gather(self.sums.unsqueeze(0)).tolist()
-        self.check_finite(sum(loss for loss, _, _ in self.progress.sums))
+        self.check_finite(sum(map(sum, self.progress.sums)))
         on_main_process(lambda: self.folder.save(self.accelerator, self.progress, self.options.keep_checkpoints, best))
 
-    def check_finite(self, loss: float) -> None:
-        """Raise UserError if the run has diverged, in its loss, weights or running statistics."""
+    def check_finite(self, total: float) -> None:
+        """Raise UserError if the run has diverged, in the `total` of its sums, its weights or running statistics."""
         tensors = chain(self.network.parameters(), self.network.buffers())
-        finite = torch.stack([tensor.isfinite().all() for tensor in tensors])
-        if not math.isfinite(loss) or not finite.all():
+        finite = torch.stack([tensor.isfinite().all() for tensor in tensors]).all()
+        # Running statistics differ from process to process, but all must stop.
+        if not math.isfinite(total) or self.accelerator.reduce(finite.float()) < self.accelerator.num_processes:
             raise UserError(
                 f"the run diverged in epoch {self.progress.epoch}: try an --lr below {self.options.lr:g}"
                 " (and another --output, if there are already checkpoints)"

@@ -38,7 +38,7 @@ def main() -> None:
             say(f"no figure of times: it needs runs of {CONSTANT} and {STOCHASTIC} on the same machine")
         sweep = [Record.read(path) for path in args.sweep]
         if sweep:
-            results.check_alike(sweep, but=("depth", "seed", "p_1", "p_L"))
+            results.check_alike(sweep, but=("depth", "seed", "p_L", "drop_path_schedule"))
             drawn["figure8"] = figures.sweep(sweep)
         command = shlex.join(["python", "train_scripts/figures.py", *sys.argv[1:]])
         page = results.page(groups, sweep, list(drawn), command)

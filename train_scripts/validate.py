@@ -96,7 +96,7 @@ def main() -> None:
         drop_blocks(network, args.drop_blocks)
         network = network.to(accelerator.device, memory_format=torch.channels_last)
         learning_set, test_set = data.load(options.dataset, args.data_dir)
-        training_set, validation_set = data.split(learning_set, options.seed)
+        training_set, validation_set = data.split(learning_set, options.seed, options.dataset)
         images = dict(zip(SPLITS, (training_set, validation_set, test_set), strict=True))[args.split]
 
         standardize = data.Standardize.of(network, accelerator.device)
