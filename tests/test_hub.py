@@ -16,6 +16,7 @@ import timm
 import torch
 import yaml
 from conftest import SCRIPTS, take_few_images
+from filelock import FileLock, Timeout
 from hub_server import git_oid
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
@@ -456,6 +457,27 @@ def test_a_full_disk_leaves_what_was_there(publish, hub, run):
     assert re.fullmatch(rf"publish.py: cannot write to {run} \(.*\): solve that and publish again\n", err)
     assert content_of(run / "hub") == before
     assert {path.name for path in run.iterdir() if path.name.startswith("hub")} == {"hub"}
+
+
+def test_one_at_a_time(publish, hub, run):
+    """The folder `hub` is not replaced while another process makes or uploads it, nor while the run is resumed."""
+    with FileLock(run / "lock"):
+        status, _, err = publish()
+    assert status == 1
+    assert err == f"publish.py: another process is training or publishing in {run}: publish when it has finished\n"
+    assert hub.requests == []
+    assert not (run / "hub").exists()
+    assert publish()[0] == 0
+
+
+def test_the_folder_is_locked_until_it_is_uploaded(publish, hub, run, monkeypatch):
+    def upload(*args):
+        with pytest.raises(Timeout):
+            FileLock(run / "lock").acquire(timeout=0)
+        return "uploaded"
+
+    monkeypatch.setattr("timm_sd.hub.upload", upload)
+    assert publish()[0] == 0
 
 
 def test_cards_that_cannot_be_kept(publish, hub, tmp_path):

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from filelock import Timeout
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
@@ -24,13 +25,31 @@ from .run_folder import RunFolder, read_summary, write_metrics
 from .training import create_network
 
 
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Within the context, no other process trains or publishes in a run's folder. Raises UserError if one does now."""
+    lock = RunFolder(run).lock
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(f"another process is training or publishing in {run}: publish when it has finished") from error
+    except (OSError, NotImplementedError) as error:  # the latter for file systems without locks
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"cannot write to {run} ({reason}): solve that and publish again") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def make_folder(run: Path, name: str, address: str | None = None) -> Path:
     """Make the folder `hub` in a finished run's folder: a timm Hub repository called `name`, and itself a run's folder.
 
     `address` is its future address on the Hub, NAMESPACE/NAME or NAMESPACE/NAME@REVISION, for the model card.
 
     The folder is a function of the run's files, to the byte with the same Matplotlib version. Raises UserError if the
-    run has not finished or its weights have changed since; an existing `hub` folder is then left as it was.
+    run has not finished or its weights have changed since; an existing `hub` folder is then left as it was. Call it
+    within `locked`.
     """
     record, files, summary = Record.read(run), RunFolder(run), read_summary(run)
     digest = summary["sha256"]

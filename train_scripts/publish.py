@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 from timm_sd.command_line import Parser, one_line_errors, path, say
-from timm_sd.hub import check_address, keep_card, make_folder, upload
+from timm_sd.hub import check_address, keep_card, locked, make_folder, upload
 from timm_sd.record import Record
 
 
@@ -36,15 +36,16 @@ def main() -> None:
         record = Record.read(args.run)
         name = args.repo_id.split("/")[1] if args.repo_id else record.options.weights_tag
         address = f"{args.repo_id}@{args.revision}" if args.revision is not None else args.repo_id
-        folder = make_folder(args.run, name, address)
-        for file in sorted(folder.iterdir()):
-            say(f"{file.stat().st_size:>12,} bytes  {file}")
-        if args.dry_run:
-            return
-        if args.repo_id is not None:
-            message = f"{name}: {record.best['test_error']:.2f}% test error after {record.options.epochs} epochs"
-            say(upload(folder, args.repo_id, args.private, args.revision, message))
-        keep_card(folder, Path("model_cards") / name)
+        with locked(args.run):
+            folder = make_folder(args.run, name, address)
+            for file in sorted(folder.iterdir()):
+                say(f"{file.stat().st_size:>12,} bytes  {file}")
+            if args.dry_run:
+                return
+            if args.repo_id is not None:
+                message = f"{name}: {record.best['test_error']:.2f}% test error after {record.options.epochs} epochs"
+                say(upload(folder, args.repo_id, args.private, args.revision, message))
+            keep_card(folder, Path("model_cards") / name)
 
 
 if __name__ == "__main__":
