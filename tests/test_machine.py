@@ -48,11 +48,23 @@ def test_threads(environment, variables, threads):
     assert torch.get_num_threads() == threads
 
 
-@pytest.mark.parametrize(("quota", "count"), [("max 100000", 8), ("250000 100000", 2), ("50000 100000", 1), (None, 8)])
-def test_cores_of_a_container(monkeypatch, tmp_path, quota, count):
-    if quota is not None:
-        (tmp_path / "cpu.max").write_text(quota)
-    monkeypatch.setattr(machine, "CPU_QUOTA", tmp_path / "cpu.max")
+@pytest.mark.parametrize(
+    ("files", "count"),
+    [
+        ({}, 8),
+        ({"cpu.max": "max 100000\n"}, 8),
+        ({"cpu.max": "250000 100000\n"}, 2),
+        ({"cpu.max": "50000 100000\n"}, 1),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 8),
+        ({"cpu/cpu.cfs_quota_us": "250000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 2),
+        ({"cpu/cpu.cfs_quota_us": "250000\n"}, 8),
+    ],
+)
+def test_cores_of_a_container(monkeypatch, tmp_path, files, count):
+    (tmp_path / "cpu").mkdir()
+    for file, text in files.items():
+        (tmp_path / file).write_text(text)
+    monkeypatch.setattr(machine, "CGROUP", tmp_path)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     assert machine.cores() == count
 

@@ -1,5 +1,6 @@
 """The machine that a script runs on: setting up Accelerate, using its cores, and what to record about it."""
 
+import contextlib
 import os
 import platform
 import subprocess
@@ -15,7 +16,8 @@ from accelerate import Accelerator
 from . import __version__
 from .errors import UserError
 
-CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+CGROUP = Path("/sys/fs/cgroup")
+CPU_QUOTAS = (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"])  # of cgroup v2 and v1
 
 
 def start(**kwargs) -> Accelerator:
@@ -48,11 +50,12 @@ def use_all_cores() -> None:
 def cores() -> int:
     """The number of cores that this process may use, by its affinity and its container's quota."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = CPU_QUOTA.read_text(encoding="utf-8").split()
-        return min(count, max(1, int(quota) // int(period)))
-    except (OSError, ValueError):  # no cgroup, or "max"
-        return count
+    for files in CPU_QUOTAS:
+        with contextlib.suppress(OSError, ValueError):  # no such files, or "max"
+            quota, period = (int(word) for file in files for word in (CGROUP / file).read_text("utf-8").split())
+            if quota > 0:  # -1 is v1's "max"
+                count = min(count, max(1, quota // period))
+    return count
 
 
 def environment(accelerator: Accelerator) -> dict[str, str | int | None]:
