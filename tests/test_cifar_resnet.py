@@ -13,10 +13,11 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import timm_sd
 from timm_sd import gates
 from timm_sd.stochastic_depth import stochastic_blocks
 
-NAMES = [f"cifar_resnet{depth}{suffix}" for depth in (20, 32, 44, 56, 110, 1202) for suffix in ("", "_sd")]
+NAMES = [f"cifar_resnet{depth}{suffix}" for depth in (20, 32, 44, 56, 110, 152, 1202) for suffix in ("", "_sd")]
 
 
 def create(name="cifar_resnet20_sd", **kwargs):
@@ -38,9 +39,30 @@ def test_registry():
     short = [name for name in tagged if "_cifar" in name]  # of weights trained for fewer epochs than the paper's
     assert short == timm.list_pretrained("cifar_resnet*")
     assert [name for name in tagged if name not in short] == [
-        f"{name}.{tag}" for name in NAMES for tag in ("cifar10", "cifar100")
+        f"{name}.{tag}" for name in NAMES for tag in ("cifar10", "cifar100", "svhn")
     ]
     assert timm.list_models("*_sd.cifar100", include_tags=True) == [f"{name}.cifar100" for name in NAMES[1::2]]
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    """What a test registers is forgotten after it."""
+    for name, value in vars(timm.models._registry).items():
+        if isinstance(value, (dict, set)):
+            monkeypatch.setattr(timm.models._registry, name, copy.deepcopy(value))
+
+
+def test_any_depth_by_name(registry):
+    with pytest.raises(RuntimeError, match="Unknown model"):
+        create("cifar_resnet26_sd")
+    timm_sd.register_depth(26)
+    timm_sd.register_depth(26)
+    network = create("cifar_resnet26_sd.cifar100", num_classes=7)
+    assert [gate.survival for gate in gates(network)] == pytest.approx([1 - b / 24 for b in range(1, 13)])
+    assert (network.num_classes, network.pretrained_cfg["architecture"]) == (7, "cifar_resnet26_sd")
+    assert [gate.survival for gate in gates(create("cifar_resnet26"))] == [1.0] * 12
+    with pytest.raises(ValueError, match="depth=27, but it must be 6n"):
+        timm_sd.register_depth(27)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -158,7 +180,7 @@ def test_other_image_sizes(size):
         ("drop_path_rate", 1, r"drop_path_rate=1, but it must lie in \[0, 1\)"),
         ("drop_path_rate", -0.1, r"drop_path_rate=-0\.1, but it must lie in \[0, 1\)"),
         ("drop_path_rate", float("nan"), r"drop_path_rate=nan, but it must lie in \[0, 1\)"),
-        ("drop_path_schedule", "cosine", r"drop_path_schedule='cosine', but it must be one of 'linear', 'uniform'"),
+        ("drop_path_schedule", "cosine", r"schedule='cosine', but it must be one of 'linear', 'uniform'"),
         ("drop_path_mode", "pixel", r"drop_path_mode='pixel', but it must be one of 'batch', 'row', 'count'"),
         ("drop_rate", 1.5, r"drop_rate=1\.5, but it must lie in \[0, 1\]"),
         ("global_pool", "median", r"global_pool='median', but it must be one of 'avg', 'max'"),

@@ -1,13 +1,23 @@
 """Split, standardization and augmentation against torchvision's and per-image loops."""
 
+import hashlib
+from collections import Counter
+
 import numpy as np
 import pytest
 import timm.data
 import torch
+from accelerate import Accelerator
+from scipy.io import savemat
+from torchvision.datasets import SVHN
 from torchvision.transforms.functional import to_pil_image
 
 from timm_sd import data
 from timm_sd.errors import UserError
+from timm_sd.options import Options
+from timm_sd.paper import PROTOCOLS
+from timm_sd.run_folder import RunFolder
+from timm_sd.training import Run
 
 
 def make_set(num_images=50):
@@ -154,7 +164,7 @@ def test_cifar_is_torchvisions(monkeypatch, dataset, download):
                 assert (image[channel] == pixels[:, :, channel]).all()
 
 
-@pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
+@pytest.mark.parametrize("dataset", ["cifar10", "cifar100", "svhn"])
 def test_missing_data(tmp_path, dataset):
     with pytest.raises(UserError, match=f"{dataset} is missing or corrupt in .*--download") as error:
         data.load(dataset, tmp_path / "nothing")
@@ -179,3 +189,70 @@ def test_an_epoch_goes_on_from_a_step():
         assert torch.equal(images, expected_images)
         assert torch.equal(labels, expected_labels)
     assert not list(data.training_batches(make_set(), 16, make_standardize(), 0, 1, first_step=4))
+
+
+@pytest.fixture
+def svhn(tmp_path, monkeypatch):
+    """A folder of files in SVHN's format: X of shape (32, 32, 3, N), y of shape (N, 1), and the digit 0 as 10."""
+    written = {}
+    files = dict(SVHN.split_list)
+    for seed, (part, size) in enumerate((("train", 130), ("extra", 250), ("test", 20))):
+        random = np.random.default_rng(seed)
+        pixels = random.integers(0, 256, (size, 32, 32, 3), dtype=np.uint8)
+        digits = random.permutation(np.arange(size) % 10)
+        file = tmp_path / f"{part}_32x32.mat"
+        labels = np.where(digits == 0, 10, digits).astype(np.uint8)[:, None]
+        savemat(file, {"X": pixels.transpose(1, 2, 3, 0), "y": labels})
+        url, name, _ = files[part]
+        files[part] = [url, name, hashlib.md5(file.read_bytes()).hexdigest()]
+        written[part] = pixels, digits
+    monkeypatch.setattr(SVHN, "split_list", files)
+    monkeypatch.setattr(data, "SVHN_TRAIN", 130)
+    monkeypatch.setattr(data, "SVHN_HELD_OUT", (4, 2))
+    return tmp_path, written
+
+
+def test_svhn_is_train_and_extra_together(svhn):
+    folder, written = svhn
+    learning, test = data.load("svhn", folder)
+    for images, parts in ((learning, ("train", "extra")), (test, ("test",))):
+        assert images.labels.tolist() == [digit for part in parts for digit in written[part][1]]
+        pixels = np.concatenate([written[part][0] for part in parts])
+        assert np.array_equal(images.images.permute(0, 2, 3, 1).numpy(), pixels)
+        assert images.images.is_contiguous()
+
+
+def test_the_authors_split_of_svhn(svhn):
+    """Of each digit, so many from train and so many from extra are for validation, at random."""
+    learning, _ = data.load("svhn", svhn[0])
+    index = {image.numpy().tobytes(): number for number, image in enumerate(learning.images)}
+    training, validation = data.split(learning, 0, "svhn")
+    held_out = [index[image.numpy().tobytes()] for image in validation.images]
+    trained = [index[image.numpy().tobytes()] for image in training.images]
+    assert sorted(held_out + trained) == list(range(380))
+    for part, count in ((range(130), 4), (range(130, 380), 2)):
+        digits = [learning.labels[number].item() for number in held_out if number in part]
+        assert Counter(digits) == dict.fromkeys(range(10), count)
+    others = data.split(learning, 1, "svhn")[1]
+    assert {index[image.numpy().tobytes()] for image in others.images} != set(held_out)
+
+
+def test_the_papers_protocol_for_svhn(svhn, monkeypatch, tmp_path):
+    """No augmentation, 598,388 images an epoch of the real files, and digits as class names."""
+    protocol = PROTOCOLS["svhn"]
+    assert (protocol.training_images, protocol.held_out, protocol.epochs) == (598_388, 10 * (400 + 200), 50)
+    network = timm.create_model("cifar_resnet152_sd.svhn")
+    assert network.pretrained_cfg["label_names"] == tuple("0123456789")
+    options = Options("cifar_resnet20_sd", "svhn", svhn[0], epochs=1, output=tmp_path / "run")
+    run = Run(Accelerator(), options, RunFolder(options.output_dir))
+    batches = list(run.batches())
+    seen = torch.cat([images for images, _, _ in batches])
+    standardized = {image.numpy().tobytes() for image in run.standardize(run.training_set.images)}
+    assert {image.contiguous().numpy().tobytes() for image in seen} == standardized
+    assert len(seen) == 380 - 60
+
+
+def test_svhn_without_scipy(monkeypatch, tmp_path):
+    monkeypatch.setattr(data.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"svhn is read by SciPy, which is not installed: pip install -e '.\[svhn\]'"):
+        data.load("svhn", tmp_path)

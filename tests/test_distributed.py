@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from by_hand import assert_figures_are_close, protocol_by_hand
+from by_hand import REGULARIZERS, assert_figures_are_close, protocol_by_hand
 from conftest import SCRIPTS
 from safetensors.torch import load_file
 
@@ -91,6 +91,24 @@ def test_it_is_the_protocol(run):
     torch.testing.assert_close(saved, states[best], rtol=1e-3, atol=1e-4)
     last = load_file(max((folder / "checkpoints").iterdir()) / "model.safetensors")
     torch.testing.assert_close(last, states[1], rtol=1e-3, atol=1e-4)
+
+
+def test_regularizers(tmp_path):
+    """The same for the whole batch as in one process, and again after one of the processes was stopped."""
+    folder, arguments = tmp_path / "run", json.dumps(REGULARIZERS)
+    status, errors = launch(folder, "SIGTERM", "1", "1", arguments)
+    assert "UserError: stopped by SIGTERM in epoch 1 after 2 steps" in errors
+    status, errors = launch(folder, "", "", "", arguments)
+    assert status == 0, errors
+    notes = [json.loads(Path(f"{folder}-rank{rank}.json").read_text()) for rank in (0, 1)]
+    assert notes[0]["buffers"] == notes[1]["buffers"]
+    options = Options("cifar_resnet20_sd", "synthetic", epochs=2, batch_size=64, **REGULARIZERS)
+    learning, test = data.load("synthetic", None)
+    states, history = protocol_by_hand(options, learning[:210], test[:51], processes=2)
+    for line, figures in zip(metrics(folder), history, strict=True):
+        assert_figures_are_close(line, figures)
+    best = min(range(2), key=lambda index: history[index]["validation_error"])
+    torch.testing.assert_close(load_file(folder / "model.safetensors"), states[best], rtol=1e-3, atol=1e-4)
 
 
 def test_interrupted_and_resumed(run, tmp_path, monkeypatch):

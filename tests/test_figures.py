@@ -33,13 +33,21 @@ def made_up(tmp_path, monkeypatch):
         options = dict(
             model=model, dataset="synthetic", epochs=EPOCHS, batch_size=500, lr=0.1, lr_schedule="steps",
             weight_decay=1e-4, drop_path=None, drop_path_schedule="linear", seed=seed, sync_bn=False,
+            label_smoothing=0.0, random_erasing=0.0, mixup=0.0, cutmix=0.0, dropout=0.0, ema_decay=0.0,
             grad_checkpointing=False, cuda_graphs=False, mixed_precision="no", output=name, resume=False,
         ) | {key: value for key, value in changes.items() if key != "environment"}  # fmt: skip
         p_last = 1 - (options["drop_path"] if options["drop_path"] is not None else 0.5 * stochastic)
-        blocks = 9 if "20" in model else 15
-        survival = np.array([1 - b / blocks * (1 - p_last) for b in range(1, blocks + 1)])
-        if options["drop_path_schedule"] == "uniform":
-            survival[:] = p_last
+        blocks = (int(re.search(r"\d+", model)[0]) - 2) // 2
+        depth, schedule = np.arange(1, blocks + 1) / blocks, options["drop_path_schedule"]
+        if isinstance(schedule, list):
+            survival = np.array(schedule)
+        else:
+            survival = {
+                "linear": 1 - depth * (1 - p_last),
+                "uniform": np.full(blocks, p_last),
+                "quadratic": 1 - depth**2 * (1 - p_last),
+                "exponential": p_last**depth,
+            }[schedule]
         lines = []
         for epoch in range(1, EPOCHS + 1):
             first = (epoch - 1) * STEPS
@@ -179,7 +187,7 @@ def test_figure_8(made_up):
         made_up("constant", "cifar_resnet20", test_error=9.0),
         made_up("deep", "cifar_resnet32_sd", test_error=7.0),
     ]
-    for schedule, offset in (("linear", 0), ("uniform", 2)):
+    for schedule, offset in (("linear", 0), ("uniform", 2), ("quadratic", 3), ("exponential", 4)):
         for p in (0.2, 0.5, 0.8):
             records.append(
                 made_up(
@@ -190,19 +198,23 @@ def test_figure_8(made_up):
                 )
             )
     records.append(made_up("again", seed=1, drop_path=0.5, test_error=17.0))
-    results.check_alike(records, but=("depth", "seed", "p_1", "p_L"))
+    records.append(made_up("given", drop_path_schedule=[0.9] * 8 + [0.7], test_error=8.0))
+    results.check_alike(records, but=("depth", "seed", "p_L", "drop_path_schedule"))
     left, right = figures.sweep(records).axes
     drawn = {container.get_label(): container for container in left.containers}
-    assert set(drawn) == {CONSTANT, "linear decay", "uniform"}
+    assert set(drawn) == {CONSTANT, "linear", "uniform", "quadratic", "exponential", "given"}
     points = {label: np.asarray(c.lines[0].get_xydata(), dtype=float) for label, c in drawn.items()}
     assert np.allclose(points[CONSTANT], [[1, 9]])
-    assert np.allclose(points["linear decay"], [[0.2, 18], [0.5, 16], [0.8, 12]])
+    assert np.allclose(points["linear"], [[0.2, 18], [0.5, 16], [0.8, 12]])
     assert np.allclose(points["uniform"], [[0.2, 20], [0.5, 17], [0.8, 14]])
-    (bars,) = drawn["linear decay"].lines[2]
+    assert np.allclose(points["quadratic"], [[0.2, 21], [0.5, 18], [0.8, 15]])
+    assert np.allclose(points["exponential"], [[0.2, 22], [0.5, 19], [0.8, 16]])
+    assert np.allclose(points["given"], [[0.7, 8]])
+    (bars,) = drawn["linear"].lines[2]
     assert np.allclose(bars.get_segments()[1], [[0.5, 15], [0.5, 17]])
     depths = {c.get_label(): np.asarray(c.lines[0].get_xydata(), dtype=float) for c in right.containers}
     assert np.allclose(depths[CONSTANT], [[20, 9]])
-    assert np.allclose(depths["linear decay, $p_L$ = 0.5"], [[20, 16], [32, 7]])
+    assert np.allclose(depths["linear, $p_L$ = 0.5"], [[20, 16], [32, 7]])
 
 
 def test_one_command_draws_it_all(command, pair, made_up, tmp_path):
@@ -262,7 +274,7 @@ def test_times_of_two_machines_are_not_compared(command, made_up):
     [
         (dict(epochs=EPOCHS + 1), r"b is unfinished \(8 of 9 epochs\): train.py --resume finishes it"),
         (dict(batch_size=250), r"a and b cannot be compared, they differ in batch_size \(500, 250\): plot .*"),
-        (dict(drop_path=0.2, seed=1), r"a and b cannot be compared, they differ in p_1 \(0.9\d*, 0.9\d*\): .*"),
+        (dict(drop_path=0.2, seed=1), r"a and b cannot be compared, they differ in p_L \(0.5, 0.8\): .*"),
         (dict(model="cifar_resnet32_sd", seed=1), r"a and b cannot be compared, they differ in depth \(20, 32\): .*"),
         (
             dict(model="cifar_resnet32"),
@@ -353,7 +365,7 @@ def change(file, key, value=None):
         ),
         (
             lambda: change("config.json", "model", "resnet11"),
-            "a/config.json is from .*: --model resnet11: it must be one of .*",
+            "a/config.json is from .*: --model resnet11: it must be cifar_resnetN or .*",
         ),
         (
             lambda: change("config.json", "processor"),
@@ -421,15 +433,18 @@ def test_the_published_figure_is_that_of_the_network(made_up):
     """Whatever its name: cifar_resnet110 with p_L = 0.5 is the paper's, cifar_resnet110_sd with another is not."""
     options = dict(dataset="cifar10", epochs=EPOCHS)
     for name, drop_path, schedule, expected in (
-        ("cifar_resnet110", None, "linear", 6.41),
-        ("cifar_resnet110", 0.5, "linear", 5.25),
-        ("cifar_resnet110_sd", None, "linear", 5.25),
-        ("cifar_resnet110_sd", 0.0, "linear", 6.41),
+        ("cifar_resnet110", None, "linear", (6.41, "Huang et al.")),
+        ("cifar_resnet110", 0.5, "linear", (5.25, "Huang et al.")),
+        ("cifar_resnet110_sd", None, "linear", (5.25, "Huang et al.")),
+        ("cifar_resnet110_sd", 0.0, "linear", (6.41, "Huang et al.")),
+        ("cifar_resnet110_sd", 0.0, "exponential", (6.41, "Huang et al.")),
+        ("cifar_resnet56", None, "linear", (6.97, "He et al.")),
         ("cifar_resnet110_sd", 0.2, "linear", None),
         ("cifar_resnet110_sd", None, "uniform", None),
+        ("cifar_resnet110_sd", None, [0.5] * 54, None),
         ("cifar_resnet56_sd", None, "linear", None),
     ):
-        folder = f"{name}-{drop_path}-{schedule}"
+        folder = f"{name}-{drop_path}-{schedule if isinstance(schedule, str) else 'given'}"
         record = made_up(folder, name, drop_path=drop_path, drop_path_schedule=schedule, **options)
         assert record.published == expected, folder
 

@@ -10,7 +10,7 @@ import timm
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = [f"cifar_resnet{depth}{suffix}" for depth in (20, 32, 44, 56, 110, 1202) for suffix in ("", "_sd")]
+NAMES = [f"cifar_resnet{depth}{suffix}" for depth in (20, 32, 44, 56, 110, 152, 1202) for suffix in ("", "_sd")]
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from by_hand import REGULARIZERS
 from conftest import take_few_images
 from safetensors.torch import load_file
 
@@ -92,6 +93,25 @@ def test_a_signal_stops_with_a_checkpoint(whole, tmp_path, monkeypatch, number):
     training.train(options_for(tmp_path, resume=True))
     assert end_of(tmp_path) == whole
     assert handlers == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+
+
+def test_regularizers_and_the_moving_average_resume(tmp_path, monkeypatch):
+    training.train(options_for(tmp_path / "whole", **REGULARIZERS))
+    resume = False
+    for step in (2, 3):
+        with monkeypatch.context() as patch:
+            interrupt_after(patch, step, signal.SIGTERM)
+            with pytest.raises(UserError, match="stopped by SIGTERM"):
+                training.train(options_for(tmp_path / "run", resume=resume, **REGULARIZERS))
+        torch.rand(3)
+        resume = True
+    training.train(options_for(tmp_path / "run", resume=True, **REGULARIZERS))
+    assert end_of(tmp_path / "run") == end_of(tmp_path / "whole")
+    averages = [
+        load_file(max((tmp_path / name / "checkpoints").iterdir()) / "model_1.safetensors") for name in ("run", "whole")
+    ]
+    assert all(torch.equal(averages[0][key], averages[1][key]) for key in averages[0])
+    assert averages[0]["n_averaged"] == 6
 
 
 def test_a_signal_during_evaluation_waits_for_the_epochs_end(whole, tmp_path, monkeypatch):

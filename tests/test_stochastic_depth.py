@@ -100,8 +100,57 @@ def test_survival_out_of_range(final):
         make_block(survival=final)
 
 
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("linear", [0.84, 0.68, 0.52, 0.36]),
+        ("uniform", [0.36, 0.36, 0.36, 0.36]),
+        ("quadratic", [1 - 0.64 / 16, 1 - 0.64 / 4, 1 - 9 * 0.64 / 16, 0.36]),
+        ("exponential", [0.6**0.5, 0.6, 0.6**1.5, 0.36]),
+        ([1.0, 0.2, 0.9, 0.5], [1.0, 0.2, 0.9, 0.5]),
+    ],
+)
+def test_schedules(schedule, expected):
+    assert survival_probabilities(4, 0.36, schedule) == pytest.approx(expected)
+    network = timm.create_model("cifar_resnet20", drop_path_schedule=[*expected, *[1] * 5])
+    assert [gate.survival for gate in gates(network)] == [*expected, *[1] * 5]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        ([0.5, 0.5], "2 survival probabilities, but there are 3 residual blocks"),
+        ([0.5, 0.0, 0.5], r"p_2=0.0, but it must lie in \(0, 1\]"),
+        ([0.5, 0.5, float("nan")], r"p_3=nan, but it must lie in \(0, 1\]"),
+    ],
+)
+def test_probabilities_that_are_not_valid(schedule, message):
+    with pytest.raises(ValueError, match=message):
+        survival_probabilities(3, 0.5, schedule)
+
+
+def test_probabilities_that_change_over_time():
+    """As in docs/networks.md: every drop rate rises linearly over the first steps."""
+    network = timm.create_model("cifar_resnet20_sd").train()
+    final = [gate.survival for gate in gates(network)]
+    images, opened = torch.randn(2, 3, 32, 32), []
+    for step in range(60):
+        for gate, p in zip(gates(network), final, strict=True):
+            gate.survival = 1 - min(1, step / 30) * (1 - p)
+        survival = [gate.survival for gate in gates(network)]
+        with use_gates(network, draw_gates(survival, seed=0, step=step)):
+            with FlopCounterMode(display=False) as flops:
+                network(images)
+            opened.append(flops.get_total_flops())
+    assert opened[0] == max(opened)
+    assert sum(opened[30:]) < sum(opened[:30])
+    assert survival == final
+    state = network.state_dict()
+    assert [state[key].item() for key in state if key.endswith("survival")] == pytest.approx(final)
+
+
 def test_unknown_schedule():
-    with pytest.raises(ValueError, match=r"schedule='cosine'.*'linear', 'uniform'"):
+    with pytest.raises(ValueError, match=r"schedule='cosine'.*'linear', 'uniform', 'quadratic', 'exponential'"):
         survival_probabilities(3, 0.5, "cosine")
 
 

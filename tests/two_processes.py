@@ -12,8 +12,11 @@ from timm_sd.options import Options
 BATCH_SIZE = 64  # of 189 training images, so the last batch's 61 divide unevenly
 
 
-def main(output: str, name: str = "", rank: str = "", at: str = "") -> None:
-    """A signal of that name goes to process `rank` before its step `at`, counted from 0 in this launch."""
+def main(output: str, name: str = "", rank: str = "", at: str = "", options: str = "{}") -> None:
+    """A signal of that name goes to process `rank` before its step `at`, counted from 0 in this launch.
+
+    More options are given as JSON.
+    """
     load, step = data.load, training.Run.step
     data.load = lambda *args: tuple(part[:size] for part, size in zip(load(*args), (210, 51), strict=True))
     notes = dict(steps=[])
@@ -31,9 +34,8 @@ def main(output: str, name: str = "", rank: str = "", at: str = "") -> None:
         )
 
     training.Run.step = noted
-    training.train(
-        Options("cifar_resnet20_sd", "synthetic", epochs=2, batch_size=BATCH_SIZE, output=Path(output), resume=True)
-    )
+    fixed = dict(epochs=2, batch_size=BATCH_SIZE, output=Path(output), resume=True)
+    training.train(Options("cifar_resnet20_sd", "synthetic", **fixed, **json.loads(options)))
     run = runs[0]
     notes["processes"] = run.accelerator.num_processes
     notes["wrapper"] = type(run.model).__name__

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import NoneType
 from typing import Any, get_args, get_type_hints
 
 from .cifar_resnet import register_depth
@@ -124,7 +125,8 @@ class Options:
         for declared in fields(Options):
             name, value, kind = declared.name, getattr(self, declared.name), kinds[declared.name]
             if not _is_a(value, kind) or (isinstance(value, tuple) and not all(_is_a(p, float) for p in value)):
-                raise UserError(f"{flag(name)} {value!r}: it must be of type {getattr(kind, '__name__', kind)}")
+                kinds_of_value = [each.__name__ for each in get_args(kind) or (kind,) if each is not NoneType]
+                raise UserError(f"{flag(name)} {value!r}: it must be of type {' or '.join(kinds_of_value)}")
             choices, valid = declared.metadata["choices"], declared.metadata["valid"]
             if choices and value not in choices:
                 raise UserError(f"{flag(name)} {value}: it must be one of {', '.join(choices)}")

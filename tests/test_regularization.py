@@ -1,0 +1,147 @@
+"""Each regularizer against its definition, and all of them as functions of (seed, step)."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from by_hand import REGULARIZERS
+
+from timm_sd.options import Options
+from timm_sd.regularization import Regularization, moving_average
+
+B = 24
+CPU = torch.device("cpu")
+
+
+def batch():
+    generator = torch.Generator().manual_seed(5)
+    return torch.randn(B, 3, 32, 32, generator=generator), torch.randint(10, (B,), generator=generator)
+
+
+def regularized(step=0, part=slice(None), network=None, seed=0, **strengths):
+    """The images, labels and dropout mask of a training step."""
+    network = timm.create_model("cifar_resnet20") if network is None else network
+    regularize = Regularization(Options("cifar_resnet20", seed=seed, **strengths), network, CPU)
+    return *regularize(*batch(), step, part), regularize.mask
+
+
+def test_nothing_by_default():
+    network = timm.create_model("cifar_resnet20")
+    state = torch.get_rng_state()
+    images, labels, mask = regularized(part=slice(3, 7), network=network)
+    assert torch.equal(images, batch()[0][3:7])
+    assert torch.equal(labels, batch()[1][3:7])
+    assert mask == 1
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def own_share(labels):
+    """The weight lambda of each image's own label, given that of the image before it, and a check of all the others."""
+    own = batch()[1]
+    before = own.roll(1)
+    assert torch.allclose(labels.sum(1), torch.ones(B))
+    share = labels[torch.arange(B), own]
+    assert torch.allclose(labels[torch.arange(B), before][own != before], (1 - share)[own != before])
+    (share,) = share[own != before].unique()
+    return share
+
+
+def test_mixup_is_a_weighted_mean():
+    shares = []
+    for step in range(30):
+        images, labels, _ = regularized(step, mixup=0.4)
+        share = own_share(labels)
+        torch.testing.assert_close(images, share * batch()[0] + (1 - share) * batch()[0].roll(1, 0))
+        shares.append(share)
+    shares = torch.stack(shares)
+    # Beta(0.4, 0.4) has mean 1 / 2 and standard deviation 1 / sqrt(4 * 1.8) = 0.37.
+    assert shares.mean() == pytest.approx(0.5, abs=0.2)
+    assert shares.std() == pytest.approx(0.37, abs=0.1)
+
+
+def test_cutmix_pastes_a_rectangle():
+    shares = []
+    for step in range(10):
+        images, labels, _ = regularized(step, cutmix=1.0)
+        own, pasted = (images == batch()[0]).all(1), (images == batch()[0].roll(1, 0)).all(1)
+        assert torch.equal(own, ~pasted)
+        assert (pasted == pasted[0]).all(), "one rectangle for the batch"
+        if pasted.any():
+            rows, columns = pasted[0].any(1), pasted[0].any(0)
+            assert torch.equal(pasted[0], rows[:, None] & columns)
+            assert all(edge.int().diff().abs().sum() <= 2 for edge in (rows, columns))
+        assert own_share(labels) == pytest.approx(own[0].float().mean().item())
+        shares.append(own[0].float().mean().item())
+    assert len(set(shares)) > 5
+
+
+def test_mixup_and_cutmix_alternate_at_random():
+    pasted = []
+    for step in range(20):
+        images, _, _ = regularized(step, mixup=1.0, cutmix=1.0)
+        pasted.append(bool(((images == batch()[0]) | (images == batch()[0].roll(1, 0))).all()))
+    assert 3 <= sum(pasted) <= 17
+
+
+def test_random_erasing():
+    erased = 0
+    for step in range(10):
+        images, labels, _ = regularized(step, random_erasing=0.25)
+        assert torch.equal(labels, batch()[1])
+        for image, original in zip(images, batch()[0], strict=True):
+            zeros = (image == 0).all(0)  # the mean color, after standardization
+            assert torch.equal(image, torch.where(zeros, 0, original))
+            if zeros.any():
+                rows, columns = zeros.any(1), zeros.any(0)
+                assert torch.equal(zeros, rows[:, None] & columns)
+                erased += 1
+    assert erased / (10 * B) == pytest.approx(0.25, abs=0.1)
+
+
+def test_dropout_is_before_the_classifier():
+    network = timm.create_model("cifar_resnet20").train()
+    plain = copy.deepcopy(network)
+    images, _, mask = regularized(network=network, dropout=0.25)
+    assert mask.shape == (B, 64)
+    assert mask.unique().tolist() == pytest.approx([0, 4 / 3])
+    assert (mask == 0).float().mean() == pytest.approx(0.25, abs=0.05)
+    features = plain.forward_head(plain.forward_features(images), pre_logits=True)
+    torch.testing.assert_close(network(images), plain.fc(features * mask))
+
+
+@pytest.mark.parametrize("strengths", [{name: value} for name, value in REGULARIZERS.items()] + [REGULARIZERS])
+def test_functions_of_seed_and_step_for_any_number_of_processes(strengths):
+    torch.manual_seed(1)
+    whole = regularized(step=3, seed=7, **strengths)
+    torch.manual_seed(2)
+    parts = [regularized(step=3, seed=7, part=slice(*ends), **strengths) for ends in ((0, 9), (9, 15), (15, B))]
+    for index, tensor in enumerate(whole):
+        if isinstance(tensor, torch.Tensor):
+            assert torch.equal(torch.cat([part[index] for part in parts]), tensor)
+
+    def differ(other):
+        return any(not torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(whole, other, strict=True))
+
+    is_random = not strengths.keys() <= {"label_smoothing", "ema_decay"}
+    assert differ(regularized(step=4, seed=7, **strengths)) == is_random
+    assert differ(regularized(step=3, seed=8, **strengths)) == is_random
+
+
+def test_moving_average():
+    network = timm.create_model("cifar_resnet20").train()
+    average = moving_average(network, 0.7)
+    expected = None
+    for step in range(3):
+        network(torch.randn(4, 3, 32, 32))
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter += step
+        average.update_parameters(network)
+        state = {key: value.clone() for key, value in network.state_dict().items()}
+        expected = {
+            key: 0.7 * expected[key] + 0.3 * value if expected and value.is_floating_point() else value
+            for key, value in state.items()
+        }
+    torch.testing.assert_close(dict(average.module.state_dict()), expected)
+    assert average.module.bn1.num_batches_tracked == 3
