@@ -314,7 +314,8 @@ def test_a_folder_without_a_run(command, tmp_path):
     status, _, err = command("figures", "--runs", tmp_path, "--out", tmp_path / "out")
     assert (status, err) == (
         1,
-        f"figures.py: {tmp_path} has no run: its config.json is missing, damaged or not from a run\n",
+        f"figures.py: {tmp_path} has no run: its config.json is missing, damaged or not from a run"
+        " (train.py --resume restores it)\n",
     )
 
 

@@ -131,6 +131,8 @@ class RunFolder:
         bound = {name: options[name] for name in (*BOUND_OPTIONS, "mixed_precision")}
         if differing := _differences(self.configuration["options"], bound):
             raise UserError(f"{self.path} has a run with different options ({differing}): choose another --output")
+        if progress.epoch > options["epochs"]:  # finished: it takes no step here
+            return progress, ""
         environments = self.configuration["environments"]
         if differing := _differences(environments[-1], environment):
             environments.append(environment | {"since": self.last.name})
@@ -278,7 +280,9 @@ def read_config(path: Path) -> dict:
         config["environments"][0]
         return config
     except (OSError, ValueError, TypeError, LookupError) as error:
-        raise UserError(f"{path} has no run: its config.json is missing, damaged or not from a run") from error
+        raise UserError(
+            f"{path} has no run: its config.json is missing, damaged or not from a run (train.py --resume restores it)"
+        ) from error
 
 
 def read_summary(path: Path) -> dict:
