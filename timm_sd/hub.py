@@ -175,7 +175,7 @@ def _as_user_errors(repo_id: str) -> Iterator[None]:
             said = str(error) if known else f"the client cannot make sense of the Hub's response, {error!r}"
             raise UserError(f"{failed} ({_without_token(said)}): {again}") from error
         status = error.response.status_code
-        said = _without_token(error.server_message or error.response.reason_phrase)
+        said = _without_token(error.server_message or "no message")
         if status == 401:
             reason = "the Hub rejected the token: log in again with `hf auth login`, or set HF_TOKEN"
         elif status == 403:
