@@ -105,7 +105,7 @@ def protocol_by_hand(options, learning, test, processes=1, rates=None):
     return states, history
 
 
-def assert_figures_are_close(line, figures):
+def assert_metrics_are_close(line, metrics):
     """Of a run and of its computation by hand. Early layers' gradients differ most where the last bits do."""
-    for name, value in figures.items():
+    for name, value in metrics.items():
         assert line[name] == pytest.approx(value, rel=2e-2 if name == "conv1_gradient" else 1e-3), name

@@ -143,12 +143,12 @@ def change_run(run: Path, how: str, random: Random, changes: list[str]) -> None:
 
 def result_of(run: Path) -> tuple[list[dict], dict, bytes]:
     """Metrics and summary of a finished run, times aside, and its weights."""
-    figures = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     summary = json.loads((run / "summary.json").read_text())
-    for record in (*figures, summary):
+    for record in (*metrics, summary):
         for name in TIMES:
             record.pop(name, None)
-    return figures, summary, (run / "model.safetensors").read_bytes()
+    return metrics, summary, (run / "model.safetensors").read_bytes()
 
 
 def fuzz_run(random: Random, work: Path, changes: list[str], whole: Path) -> None:

@@ -28,8 +28,8 @@ def start(folder: Path, flags: list[str]) -> subprocess.Popen:
 def end_of(folder: Path) -> tuple[bytes, list[dict]]:
     """Weights and metrics of a finished run, times aside."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    figures = [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in lines]
-    return (folder / "model.safetensors").read_bytes(), figures
+    metrics = [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in lines]
+    return (folder / "model.safetensors").read_bytes(), metrics
 
 
 def kill(rivals: list[subprocess.Popen], folder: Path, delay: float, while_writing: bool) -> None:

@@ -1,4 +1,4 @@
-"""The networks: their sizes, their initialisation, and that timm cannot tell them from its own."""
+"""The networks: their sizes, their initialization, and that timm cannot tell them from its own."""
 
 import copy
 import math
@@ -73,7 +73,7 @@ def test_size(name):
     n = (depth - 2) // 6
     layers = [module for module in network.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
     assert len(layers) == depth
-    # Counted from He et al.'s description: 3x3 convolutions without bias, each with a normalisation's scale and shift.
+    # Counted from He et al.'s description: 3x3 convolutions without bias, each with a normalization's scale and shift.
     convolutions = [(3, 16)] + [(16, 16)] * 2 * n
     convolutions += [(16, 32)] + [(32, 32)] * (2 * n - 1) + [(32, 64)] + [(64, 64)] * (2 * n - 1)
     expected = sum(9 * inputs * outputs + 2 * outputs for inputs, outputs in convolutions) + 64 * 10 + 10
@@ -128,7 +128,7 @@ def test_output_by_hand():
     torch.testing.assert_close(network(images()), logits)
 
 
-def test_initialisation():
+def test_initialization():
     network = create("cifar_resnet110_sd")
     scales = []
     for module in network.modules():

@@ -67,7 +67,7 @@ def batches(device):
 
 @pytest.mark.parametrize("name", ["cifar_resnet20_sd", "cifar_resnet20"])
 def test_graphed_training_is_eager_training(device, name):
-    """Weights, statistics and losses of steps with all sorts of gates, by an optimiser that needs every gradient."""
+    """Weights, statistics and losses of steps with all sorts of gates, by an optimizer that needs every gradient."""
     eager, graphed = make_twins(name, device)
     for key, value in eager.state_dict().items():
         assert torch.equal(value, graphed.state_dict()[key]), f"{key} was changed by the capture"

@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from by_hand import REGULARIZERS, assert_figures_are_close, protocol_by_hand
+from by_hand import REGULARIZERS, assert_metrics_are_close, protocol_by_hand
 from conftest import SCRIPTS
 from safetensors.torch import load_file
 
@@ -79,13 +79,13 @@ def test_every_training_image_once_an_epoch(run):
 
 
 def test_it_is_the_protocol(run):
-    """The mean gradient over an unevenly divided batch, statistics a process, those of the first kept, and figures."""
+    """The mean gradient over an unevenly divided batch, statistics a process, those of the first kept, and metrics."""
     folder, _, _ = run
     options = Options("cifar_resnet20_sd", "synthetic", epochs=2, batch_size=64)
     learning, test = data.load("synthetic", None)
     states, history = protocol_by_hand(options, learning[:210], test[:51], processes=2)
-    for line, figures in zip(metrics(folder), history, strict=True):
-        assert_figures_are_close(line, figures)
+    for line, expected in zip(metrics(folder), history, strict=True):
+        assert_metrics_are_close(line, expected)
     best = min(range(2), key=lambda index: history[index]["validation_error"])
     saved = load_file(folder / "model.safetensors")
     torch.testing.assert_close(saved, states[best], rtol=1e-3, atol=1e-4)
@@ -105,8 +105,8 @@ def test_regularizers(tmp_path):
     options = Options("cifar_resnet20_sd", "synthetic", epochs=2, batch_size=64, **REGULARIZERS)
     learning, test = data.load("synthetic", None)
     states, history = protocol_by_hand(options, learning[:210], test[:51], processes=2)
-    for line, figures in zip(metrics(folder), history, strict=True):
-        assert_figures_are_close(line, figures)
+    for line, expected in zip(metrics(folder), history, strict=True):
+        assert_metrics_are_close(line, expected)
     best = min(range(2), key=lambda index: history[index]["validation_error"])
     torch.testing.assert_close(load_file(folder / "model.safetensors"), states[best], rtol=1e-3, atol=1e-4)
 

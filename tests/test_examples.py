@@ -14,18 +14,18 @@ from torch.nn.functional import cross_entropy
 import timm_sd
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-COLOURS = {"blue": (40, 40, 220), "green": (40, 220, 40), "red": (220, 40, 40)}
+COLORS = {"blue": (40, 40, 220), "green": (40, 220, 40), "red": (220, 40, 40)}
 
 
 @pytest.fixture
 def images(tmp_path):
-    """A folder with a folder of ten images for each colour."""
+    """A folder with a folder of ten images for each color."""
     folder = tmp_path / "images"
-    for name, colour in COLOURS.items():
+    for name, color in COLORS.items():
         (folder / name).mkdir(parents=True)
         for number in range(10):
             noise = Image.effect_noise((64, 64), 80).convert("RGB")
-            Image.blend(noise, Image.new("RGB", (64, 64), colour), 0.5).save(folder / name / f"{number}.png")
+            Image.blend(noise, Image.new("RGB", (64, 64), color), 0.5).save(folder / name / f"{number}.png")
     return folder
 
 
@@ -42,7 +42,7 @@ def test_finetune_vit(images, monkeypatch, capsys, hub):
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
     held_out = sorted(images.glob("*/*.png"))[::5]
     x = torch.stack([transform(Image.open(file)) for file in held_out])
-    y = torch.tensor([list(COLOURS).index(file.parent.name) for file in held_out])
+    y = torch.tensor([list(COLORS).index(file.parent.name) for file in held_out])
     logits = model(x)
     assert not model.training
     assert float(printed[1][1]) == pytest.approx(cross_entropy(logits, y).item(), abs=1e-3)

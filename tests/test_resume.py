@@ -31,15 +31,15 @@ def options_for(folder, **kwargs):
 
 def end_of(folder):
     """What a run that came to its end leaves, times aside."""
-    figures = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     summary = json.loads((folder / "summary.json").read_text())
-    for record in (*figures, summary):
+    for record in (*metrics, summary):
         for name in TIMES:
             record.pop(name, None)
     last = max((folder / "checkpoints").iterdir())
     momentum = torch.load(last / "optimizer.bin", weights_only=True)["state"]
     return (
-        figures,
+        metrics,
         summary,
         {name: value.numpy().tobytes() for name, value in load_file(folder / "model.safetensors").items()},
         {name: value.numpy().tobytes() for name, value in load_file(last / "model.safetensors").items()},
@@ -226,7 +226,7 @@ def test_resuming_nothing_begins(whole, tmp_path, capsys):
 
 
 def test_a_run_without_checkpoints_is_left_alone(tmp_path):
-    """Weights and figures whose checkpoints somebody deleted."""
+    """Weights and metrics whose checkpoints somebody deleted."""
     training.train(options_for(tmp_path, epochs=1))
     shutil.rmtree(tmp_path / "checkpoints")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}

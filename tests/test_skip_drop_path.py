@@ -104,7 +104,7 @@ def assert_close(found, expected):
 
 
 def randomised(block):
-    """With parameters that are not the initial ones: layer scales and last normalisations often begin at zero."""
+    """With parameters that are not the initial ones: layer scales and last normalizations often begin at zero."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in block.parameters():

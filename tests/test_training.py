@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 from accelerate.state import AcceleratorState
-from by_hand import REGULARIZERS, assert_figures_are_close, protocol_by_hand
+from by_hand import REGULARIZERS, assert_metrics_are_close, protocol_by_hand
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -86,8 +86,8 @@ def test_a_run_is_the_protocol(few_images, tmp_path, regularizers, lr_schedule, 
     states, history = protocol_by_hand(options, *data.load("synthetic", None, False), rates=rates)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 2
-    for line, figures in zip(lines, history, strict=True):
-        assert_figures_are_close(line, figures)
+    for line, expected in zip(lines, history, strict=True):
+        assert_metrics_are_close(line, expected)
         assert line["images_per_second"] > 0
         assert line["seconds"] > 0
     best = min(range(2), key=lambda index: lines[index]["validation_error"])
@@ -151,7 +151,7 @@ def content_of(folder):
 
 
 def test_bf16(few_images, tmp_path, monkeypatch):
-    """Training computes in bfloat16; the figures are those of the plain weights in float32."""
+    """Training computes in bfloat16; the metrics are those of the plain weights in float32."""
     AcceleratorState._reset_state(True)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     seen = []
@@ -172,7 +172,7 @@ def test_graphs_and_compilation_exclude_each_other(few_images, tmp_path, monkeyp
     AcceleratorState._reset_state(True)
 
 
-def test_synchronised_normalisation_in_one_process_is_the_plain_one(few_images, tmp_path):
+def test_synchronized_normalization_in_one_process_is_the_plain_one(few_images, tmp_path):
     weights = []
     for sync_bn in (False, True):
         options = Options("cifar_resnet20_sd", "synthetic", epochs=1, batch_size=64, sync_bn=sync_bn)
