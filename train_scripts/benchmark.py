@@ -29,7 +29,7 @@ from torchvision.ops import StochasticDepth as TorchvisionStochasticDepth
 from torchvision.transforms import v2
 from tqdm import tqdm, trange
 
-from timm_sd import data, draw_gates, figures, gates, machine, use_gates
+from timm_sd import data, draw_gates, figures, gates, machine, register_depth, use_gates
 from timm_sd.command_line import Parser, one_line_errors, path, say
 from timm_sd.errors import UserError
 from timm_sd.options import Options
@@ -38,7 +38,8 @@ from timm_sd.stochastic_depth import stochastic_blocks
 from timm_sd.training import Run
 
 PARTS = ("data", "step", "depth", "timm")
-DEPTHS = (20, 56, 110, 1202)
+DEPTHS = (20, 56, 110, 1202, 2402, 4802)
+CHECKPOINTED_FROM = 1202  # deeper networks only with checkpointing: at batch 128, 2402 layers need 24 GiB without it
 Step = Callable[[int], None]
 
 
@@ -79,11 +80,11 @@ def make_run(model: str, batch_size: int, **options) -> Run:
 
 def run_step(run: Run) -> Step:
     """The trainer's own step, on the same batch every time."""
-    images, labels = next(run.batches())
+    images, labels, size = next(run.batches())
     run.model.train()
 
     def step(t: int) -> None:
-        run.step(images, labels, draw_gates(run.survival, seed=0, step=t), len(labels))
+        run.step(images, labels, draw_gates(run.survival, seed=0, step=t), size)
 
     return step
 
@@ -282,13 +283,17 @@ def compare_data(data_dir: Path, batch_size: int, rounds: int = 5, batches: int 
 
 
 def compare_depths(batch_size: int, count: int) -> None:
-    """Print time and memory of a step by depth."""
+    """Print time and memory of a step by depth.
+
+    Time is per active block. Memory is per block, since gradients and momentum are those of all blocks.
+    """
     say(f"\nDepth, batch {batch_size}, {count} steps")
-    say(f"{'':48} {'active':>7} {'s/step':>9} {'ms/active':>9} {'MiB':>7} {'MiB/active':>10}")
+    say(f"{'':48} {'active':>7} {'s/step':>9} {'ms/active':>9} {'MiB':>7} {'MiB/block':>9}")
     for depth in DEPTHS:
+        register_depth(depth)
         model = f"cifar_resnet{depth}"
-        kinds = ["constant depth", "stochastic depth"]
-        if depth == DEPTHS[-1]:
+        kinds = ["constant depth", "stochastic depth"] if depth <= CHECKPOINTED_FROM else []
+        if depth >= CHECKPOINTED_FROM:
             kinds += ["constant depth, checkpointing", "stochastic depth, checkpointing"]
         memory = {
             kind: in_own_process(peak_memory, make_step, (kind, model, batch_size), range(count)) for kind in kinds
@@ -300,7 +305,7 @@ def compare_depths(batch_size: int, count: int) -> None:
             active, mean = drawn.double().sum(1).mean().item(), statistics.mean(seconds[kind])
             say(
                 f"{model + ', ' + kind:48} {active:7.1f} {mean:9.3f} {1e3 * mean / active:9.2f} {memory[kind]:7.0f}"
-                f" {memory[kind] / active:10.2f}"
+                f" {memory[kind] / len(survival):9.3f}"
             )
 
 
