@@ -1,5 +1,6 @@
 """What several test files use."""
 
+import copy
 import importlib.util
 import os
 import sys
@@ -26,6 +27,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Runs are compared bit for bit and with computations on the CPU, also where there is a GPU.
 os.environ["ACCELERATE_USE_CPU"] = "1"
 
+import timm  # noqa: E402
+
 from timm_sd import data  # noqa: E402
 
 SCRIPTS = Path(__file__).parents[1] / "train_scripts"
@@ -47,6 +50,14 @@ def hub(tmp_path):
     """An empty Hub."""
     HUB.open(tmp_path / "hub")
     return HUB
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    """What a test registers is forgotten after it."""
+    for name, value in vars(timm.models._registry).items():
+        if isinstance(value, (dict, set)):
+            monkeypatch.setattr(timm.models._registry, name, copy.deepcopy(value))
 
 
 @pytest.fixture

@@ -44,14 +44,6 @@ def test_registry():
     assert timm.list_models("*_sd.cifar100", include_tags=True) == [f"{name}.cifar100" for name in NAMES[1::2]]
 
 
-@pytest.fixture
-def registry(monkeypatch):
-    """What a test registers is forgotten after it."""
-    for name, value in vars(timm.models._registry).items():
-        if isinstance(value, (dict, set)):
-            monkeypatch.setattr(timm.models._registry, name, copy.deepcopy(value))
-
-
 def test_any_depth_by_name(registry):
     with pytest.raises(RuntimeError, match="Unknown model"):
         create("cifar_resnet26_sd")

@@ -1,5 +1,6 @@
 """The protocol step by step, and what the command line answers."""
 
+import argparse
 import hashlib
 import json
 from dataclasses import fields, replace
@@ -17,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from timm_sd import StochasticDepth, data, gates, training
 from timm_sd.errors import UserError
 from timm_sd.evaluation import Evaluation
-from timm_sd.options import Options
+from timm_sd.options import Options, add_options
 from timm_sd.paper import PROTOCOLS
 from timm_sd.training import one_cycle, stepwise
 
@@ -136,6 +137,26 @@ def test_the_network_is_the_one_asked_for():
     assert network.pretrained_cfg["mean"] == (0.5071, 0.4865, 0.4409)
     assert [gate.survival for gate in gates(network)] == pytest.approx([1 - b / 9 * 0.2 for b in range(1, 10)])
     assert training.create_network(Options("cifar_resnet20_sd", "synthetic")).num_classes == 10
+
+
+def test_survival_probabilities_from_the_command_line(tmp_path):
+    parser = argparse.ArgumentParser()
+    add_options(parser)
+    file = tmp_path / "probabilities.txt"
+    file.write_text("1, 0.9\n0.8 0.7\n\n0.6,0.5,0.4,0.3,0.2\n")
+    expected = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
+    for text, values in ((",".join(map(str, expected)), expected), (str(file), expected), ("quadratic", "quadratic")):
+        options = Options(**vars(parser.parse_args(["--model", "cifar_resnet20", "--drop-path-schedule", text])))
+        assert options.drop_path_schedule == values
+    network = training.create_network(Options("cifar_resnet20", drop_path_schedule=expected))
+    assert tuple(gate.survival for gate in gates(network)) == expected
+    assert "given" in Options("cifar_resnet20", drop_path_schedule=expected).output_dir.name
+
+
+def test_any_depth_by_name(registry):
+    network = training.create_network(Options("cifar_resnet26_sd", "cifar100"))
+    assert len(gates(network)) == 12
+    assert network.num_classes == 100
 
 
 def test_weights_of_a_compiled_run_fit_the_plain_network(few_images, tmp_path, monkeypatch):
