@@ -81,6 +81,14 @@ def test_every_model_is_converted_in_the_mode(run, capsys, mode):
     assert without_drop_path == ""
 
 
+def test_the_papers_imagenet_network(run, capsys):
+    """50 blocks with linear decay from 0 to 0.5; the first is never dropped, so timm gives it no DropPath."""
+    text = "import timm, timm_sd; network = timm.create_model('resnet152', drop_path_rate=0.5)\n"
+    run(text + "print(*(gate.survival for gate in timm_sd.gates(network)))", "--skip-drop-path", "batch")
+    survival = [float(word) for word in capsys.readouterr().out.split()]
+    assert survival == pytest.approx([1 - 0.5 * block / 49 for block in range(1, 50)])
+
+
 def test_no_model_is_converted_unasked(run, capsys):
     run(MODELS)
     assert capsys.readouterr().out == "\n" * 5
