@@ -23,11 +23,11 @@ def protocol_by_hand(options, learning, test, processes=1, rates=None):
     statistics are the network's. Label smoothing and the moving average are written out too. Returns the state dict and
     the metrics after each epoch.
     """
-    train_set, validation_set = data.split(learning, options.seed)
+    train_set, validation_set = data.split(learning, options.seed, options.dataset)
     torch.manual_seed(options.seed)
     network = timm.create_model(options.model).to(memory_format=torch.channels_last)
     evaluated = copy.deepcopy(network)
-    average = None
+    average = {key: value.clone() for key, value in network.state_dict().items()}
     regularize = Regularization(options, network, torch.device("cpu"))
     blocks = [block for stage in network.stages for block in stage]
     standardize = data.Standardize.of(network, torch.device("cpu"))
@@ -76,9 +76,9 @@ def protocol_by_hand(options, learning, test, processes=1, rates=None):
                     velocity[name] = 0.9 * velocity[name] + gradient
                     parameter -= lr * (gradient + 0.9 * velocity[name])
                 state = {key: value.clone() for key, value in network.state_dict().items()}
-                kept = options.ema_decay if average else 0.0
+                kept = options.ema_decay
                 average = {
-                    key: kept * average[key] + (1 - kept) * value if kept and value.is_floating_point() else value
+                    key: kept * average[key] + (1 - kept) * value if value.is_floating_point() else value
                     for key, value in state.items()
                 }
         state = average if options.ema_decay else network.state_dict()

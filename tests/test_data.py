@@ -2,12 +2,14 @@
 
 import hashlib
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import timm.data
 import torch
 from accelerate import Accelerator
+from safetensors.torch import save_file
 from scipy.io import savemat
 from torchvision.datasets import SVHN
 from torchvision.transforms.functional import to_pil_image
@@ -113,13 +115,13 @@ def test_evaluation_batches_are_the_images_in_order():
 
 def test_split_is_a_random_partition():
     images = make_set(500)
-    training, validation = data.split(images, seed=0)
+    training, validation = data.split(images, 0, "cifar10")
     assert (len(training), len(validation)) == (450, 50)
     assert sorted(training.labels.tolist() + validation.labels.tolist()) == list(range(500))
     assert validation.labels.float().mean() == pytest.approx(250, abs=75)
     assert torch.equal(images.images[validation.labels], validation.images)
-    assert torch.equal(data.split(images, seed=0)[1].labels, validation.labels)
-    assert not torch.equal(data.split(images, seed=1)[1].labels, validation.labels)
+    assert torch.equal(data.split(images, 0, "cifar10")[1].labels, validation.labels)
+    assert not torch.equal(data.split(images, 1, "cifar10")[1].labels, validation.labels)
 
 
 def test_synthetic_images():
@@ -250,6 +252,23 @@ def test_the_papers_protocol_for_svhn(svhn, monkeypatch, tmp_path):
     standardized = {image.numpy().tobytes() for image in run.standardize(run.training_set.images)}
     assert {image.contiguous().numpy().tobytes() for image in seen} == standardized
     assert len(seen) == 380 - 60
+    run.options = replace(run.options, epochs=50)
+    rates = []
+    for epochs_done in (28, 29, 33, 34):
+        run.progress.history = [{}] * epochs_done
+        rates.append(run.learning_rate(step=1))
+    assert rates == pytest.approx([0.1, 0.01, 0.01, 0.001])
+
+
+def test_validation_images_of_svhn(svhn, command, tmp_path):
+    """The authors' split, not a tenth."""
+    file = tmp_path / "weights.safetensors"
+    save_file(timm.create_model("cifar_resnet20").state_dict(), file)
+    arguments = ["--model", "cifar_resnet20", "--checkpoint", file, "--dataset", "svhn", "--data-dir", svhn[0]]
+    status, out, _ = command("validate", *arguments, "--split", "validation")
+    assert status == 0
+    rows = [line.split()[:2] for line in out.splitlines()[1:-1]]
+    assert rows == [[str(digit), "6"] for digit in range(10)]
 
 
 def test_svhn_without_scipy(monkeypatch, tmp_path):

@@ -67,7 +67,7 @@ def test_there_are_two_processes_that_agree(run):
 
 def test_every_training_image_once_an_epoch(run):
     _, notes, _ = run
-    training_set, _ = data.split(data.load("synthetic", None)[0][:210], seed=0)
+    training_set, _ = data.split(data.load("synthetic", None)[0][:210], seed=0, dataset="synthetic")
     for epoch in (0, 1):
         steps = [note["steps"][3 * epoch : 3 * epoch + 3] for note in notes]
         assert [[len(step["labels"]) for step in steps[rank]] for rank in (0, 1)] == [[32, 32, 30], [32, 32, 31]]

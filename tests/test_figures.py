@@ -1,18 +1,23 @@
 """Figures and the page of results, drawn from small made-up logs: what they show is what the logs say."""
 
+import argparse
 import json
 import re
 import resource
+import shlex
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from by_hand import REGULARIZERS
 
 from timm_sd import data, figures, results
 from timm_sd.errors import UserError
 from timm_sd.figures import CONSTANT, STOCHASTIC
+from timm_sd.options import Options, add_options
 from timm_sd.record import Record
 
 ENVIRONMENT = dict(
@@ -85,7 +90,7 @@ def pair(made_up):
 
 
 def line(axes, label):
-    """The points of a labelled line."""
+    """The points of a labeled line."""
     (found,) = (line for line in axes.lines if line.get_label() == label)
     return np.asarray(found.get_xydata(), dtype=float)
 
@@ -199,6 +204,7 @@ def test_figure_8(made_up):
             )
     records.append(made_up("again", seed=1, drop_path=0.5, test_error=17.0))
     records.append(made_up("given", drop_path_schedule=[0.9] * 8 + [0.7], test_error=8.0))
+    records.append(made_up("other", drop_path_schedule=[0.8] * 8 + [0.7], test_error=6.0))
     results.check_alike(records, but=("depth", "seed", "p_L", "drop_path_schedule"))
     left, right = figures.sweep(records).axes
     drawn = {container.get_label(): container for container in left.containers}
@@ -209,7 +215,7 @@ def test_figure_8(made_up):
     assert np.allclose(points["uniform"], [[0.2, 20], [0.5, 17], [0.8, 14]])
     assert np.allclose(points["quadratic"], [[0.2, 21], [0.5, 18], [0.8, 15]])
     assert np.allclose(points["exponential"], [[0.2, 22], [0.5, 19], [0.8, 16]])
-    assert np.allclose(points["given"], [[0.7, 8]])
+    assert np.allclose(points["given"], [[0.7, 6], [0.7, 8]]), "two runs, not two seeds of one"
     (bars,) = drawn["linear"].lines[2]
     assert np.allclose(bars.get_segments()[1], [[0.5, 15], [0.5, 17]])
     depths = {c.get_label(): np.asarray(c.lines[0].get_xydata(), dtype=float) for c in right.containers}
@@ -314,8 +320,7 @@ def test_a_folder_without_a_run(command, tmp_path):
     status, _, err = command("figures", "--runs", tmp_path, "--out", tmp_path / "out")
     assert (status, err) == (
         1,
-        f"figures.py: {tmp_path} has no run: its config.json is missing, damaged or not from a run"
-        " (train.py --resume restores it)\n",
+        f"figures.py: {tmp_path} has no run: its config.json is missing, damaged or not from a run\n",
     )
 
 
@@ -452,7 +457,7 @@ def test_the_published_figure_is_that_of_the_network(made_up):
 
 def test_the_images_that_figures_reckon_with(made_up):
     learning, _ = data.load("synthetic", None)
-    assert made_up("a").images == len(data.split(learning, 0)[0]) == 4500
+    assert made_up("a").images == len(data.split(learning, 0, "synthetic")[0]) == 4500
     assert made_up("b", dataset="cifar10").images == 45_000
 
 
@@ -476,6 +481,41 @@ def test_the_command_that_trains_it_again(made_up, changes, words):
     record = made_up("a", environment=changes, mixed_precision=precision, grad_checkpointing=True)
     options = "--model cifar_resnet20_sd --dataset synthetic --epochs 8 --batch-size 500 --grad-checkpointing"
     assert record.command == f"{words} {options}"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(model="cifar_resnet152_sd", dataset="svhn", epochs=50, batch_size=128),
+        dict(dataset="svhn", epochs=500, drop_path=0.0, drop_path_schedule="exponential"),
+        dict(drop_path_schedule=(1.0, 0.9, 0.8, 0.7, 0.65, 0.6, 0.5, 0.5, 1 / 3), seed=4, **REGULARIZERS),
+    ],
+)
+def test_the_command_has_the_options_of_the_run(made_up, changes):
+    options = Options(**dict(model="cifar_resnet20_sd", dataset="synthetic", epochs=EPOCHS, batch_size=500) | changes)
+    record = replace(made_up("a"), options=options)
+    words = shlex.split(record.command)
+    parser = argparse.ArgumentParser()
+    add_options(parser)
+    assert Options(**vars(parser.parse_args(words[words.index("train_scripts/train.py") + 1 :]))) == options
+
+
+def test_regularizers_and_probabilities_are_named(command, made_up):
+    made_up("a", drop_path_schedule=[0.9] * 8 + [0.7], **REGULARIZERS)
+    assert command("figures", "--runs", "a", "--out", "out")[0] == 0
+    text = Path("out/results.md").read_text()
+    assert "synthetic, label smoothing 0.1, random erasing with probability 0.5, mixup with alpha 0.4" in text
+    assert "CutMix with alpha 1, dropout before the classifier with probability 0.3, moving average of the" in text
+    assert "| 0.7, given | 0 |" in text
+
+
+def test_a_run_of_a_version_without_regularizers(made_up):
+    record = made_up("a")
+    config = json.loads(Path("a/config.json").read_text())
+    for name in REGULARIZERS:
+        del config["options"][name]
+    Path("a/config.json").write_text(json.dumps(config))
+    assert Record.read(Path("a")) == record
 
 
 def test_ticks_of_a_narrow_range(pair):

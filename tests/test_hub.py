@@ -9,12 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 import yaml
+from by_hand import REGULARIZERS
 from conftest import SCRIPTS, take_few_images
 from filelock import FileLock, Timeout
 from hub_server import git_oid
@@ -24,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from timm.models import _builder
 
 from timm_sd import gates, training
+from timm_sd.model_card import model_card
 from timm_sd.options import Options
 from timm_sd.record import Record
 
@@ -367,6 +370,41 @@ def test_any_probability_can_be_published(command, few_images, tmp_path, monkeyp
     assert command("publish", "--run", "run", "--dry-run")[0] == 0
     network = timm.create_model(f"local-dir:{tmp_path / 'run' / 'hub'}", pretrained=True)
     assert gates(network)[-1].survival == 1 - drop_path
+
+
+@pytest.mark.parametrize("last", [0.6, 1e-20])
+def test_given_probabilities_regularizers_and_any_depth_are_published(
+    command, few_images, tmp_path, monkeypatch, registry, last
+):
+    monkeypatch.chdir(tmp_path)
+    survival = (1.0, 0.9, 0.8, 0.7, 0.6, 0.9, 0.8, 0.7, 0.6, 0.9, 0.8, last)
+    options = dict(drop_path_schedule=survival, output=tmp_path / "run", **REGULARIZERS)
+    training.train(Options("cifar_resnet26", "synthetic", epochs=1, batch_size=64, **options))
+    assert command("publish", "--run", "run")[0] == 0
+    (card,) = (tmp_path / "model_cards").iterdir()
+    assert card.name == ("cifar_resnet26.e1_label-smoothing_random-erasing_mixup_cutmix_dropout_ema-decay_synthetic")
+    text = (card / "README.md").read_text()
+    assert "\ntimm_sd.register_depth(26)\n" in text
+    assert "label smoothing 0.1 (paper: none); random erasing with probability 0.5 (paper: none); mixup with" in text
+    assert f"given survival probabilities with p_L = {last:g}; label smoothing 0.1; random erasing with" in text
+    assert f"--drop-path-schedule {','.join(map(str, survival))} --label-smoothing 0.1" in text
+    network = timm.create_model(f"local-dir:{tmp_path / 'run' / 'hub'}", pretrained=True)
+    assert [gate.survival for gate in gates(network)] == list(survival)
+    trained = timm.create_model("cifar_resnet26", drop_path_schedule=survival)
+    trained.load_state_dict(load_file(tmp_path / "run" / "model.safetensors"))
+    torch.testing.assert_close(logits_of(network), logits_of(trained))
+
+
+@pytest.mark.parametrize("model", ["cifar_resnet152_sd", "cifar_resnet20_sd"])
+def test_the_card_of_svhn(run, model):
+    record = Record.read(run)
+    record = replace(record, options=Options(model, "svhn"))
+    card = str(model_card(record, record.options.create_model(), "name", None, "0"))
+    assert "(Huang et al.: 1.75%)" in card or model == "cifar_resnet20_sd"
+    differs = "**This run does not follow the paper's protocol.** It differs in: 20 layers (paper: 152)."
+    assert (differs in card) == (model == "cifar_resnet20_sd")
+    assert "50 epochs, learning rate 0.1, divided by 10 at 60% of the epochs and again at 70%; no augmentation;" in card
+    assert "The 598,388 training and 6,000 validation images" in card
 
 
 @pytest.mark.parametrize("repo_id", ["small-sd", "ann/small/sd", "ann/small--sd", "ann/", "ann/sd.git"])

@@ -8,7 +8,7 @@ import torch
 from by_hand import REGULARIZERS
 
 from timm_sd.options import Options
-from timm_sd.regularization import Regularization, moving_average
+from timm_sd.regularization import Regularization, update_average
 
 B = 24
 CPU = torch.device("cpu")
@@ -130,18 +130,32 @@ def test_functions_of_seed_and_step_for_any_number_of_processes(strengths):
 
 def test_moving_average():
     network = timm.create_model("cifar_resnet20").train()
-    average = moving_average(network, 0.7)
-    expected = None
+    average = copy.deepcopy(network)
+    expected = {key: value.clone() for key, value in network.state_dict().items()}
     for step in range(3):
         network(torch.randn(4, 3, 32, 32))
         with torch.no_grad():
             for parameter in network.parameters():
                 parameter += step
-        average.update_parameters(network)
-        state = {key: value.clone() for key, value in network.state_dict().items()}
-        expected = {
-            key: 0.7 * expected[key] + 0.3 * value if expected and value.is_floating_point() else value
-            for key, value in state.items()
-        }
-    torch.testing.assert_close(dict(average.module.state_dict()), expected)
-    assert average.module.bn1.num_batches_tracked == 3
+        update_average(average, network, 0.7)
+        for key, value in network.state_dict().items():
+            expected[key] = 0.7 * expected[key] + 0.3 * value if value.is_floating_point() else value.clone()
+    torch.testing.assert_close(dict(average.state_dict()), expected)
+    assert average.bn1.num_batches_tracked == 3
+
+
+@pytest.mark.parametrize("name", ["mixup", "cutmix"])
+def test_integers_are_numbers_too(name):
+    assert regularized(**{name: 1})[1].shape == (B, 10)
+
+
+def test_dropout_compiles():
+    network = timm.create_model("cifar_resnet20").eval()
+    regularize = Regularization(Options("cifar_resnet20", dropout=0.25), network, CPU)
+    compiled = torch.compile(network, backend="eager")
+    for step, size in enumerate((B, B, B - 5)):
+        images, _ = regularize(*batch(), step, slice(size))
+        torch.testing.assert_close(compiled(images), network(images))
+        assert not torch.equal(
+            compiled(images), network.fc.forward(network.forward_head(network.forward_features(images), True))
+        )

@@ -142,11 +142,20 @@ def test_probabilities_that_change_over_time():
             with FlopCounterMode(display=False) as flops:
                 network(images)
             opened.append(flops.get_total_flops())
+        if step == 20:
+            saved = copy.deepcopy(network.state_dict()), copy.deepcopy(network).eval(), survival
     assert opened[0] == max(opened)
     assert sum(opened[30:]) < sum(opened[:30])
     assert survival == final
     state = network.state_dict()
     assert [state[key].item() for key in state if key.endswith("survival")] == pytest.approx(final)
+    # To resume, the probabilities of that step come before the weights.
+    weights, expected, survival = saved
+    resumed = timm.create_model("cifar_resnet20_sd").eval()
+    for gate, p in zip(gates(resumed), survival, strict=True):
+        gate.survival = p
+    resumed.load_state_dict(weights)
+    torch.testing.assert_close(resumed(images), expected(images))
 
 
 def test_unknown_schedule():

@@ -56,7 +56,9 @@ def test_defaults_are_the_papers():
     svhn = Options("cifar_resnet152_sd", "svhn")
     assert (svhn.epochs, svhn.weights_tag) == (50, "cifar_resnet152_sd.svhn")
     assert Options("cifar_resnet152_sd", "svhn", epochs=500).weights_tag == "cifar_resnet152_sd.e500_svhn"
-    assert Options(mixup=0.2).weights_tag == "cifar_resnet110_sd.e500_cifar10"
+    assert Options(mixup=0.2).weights_tag == "cifar_resnet110_sd.e500_mixup_cifar10"
+    assert Options(drop_path=0.1).weights_tag == "cifar_resnet110_sd.e500_cifar10"
+    assert Options(grad_checkpointing=True).weights_tag == "cifar_resnet110_sd.cifar10"
 
 
 @pytest.mark.parametrize(
@@ -223,20 +225,23 @@ def test_command(command, few_images, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "resnet11"], "--model resnet11: it must be cifar_resnetN or cifar_resnetN_sd, N = 6n + 2"),
-        (["--model", "cifar_resnet21"], "--model cifar_resnet21: depth=21, but it must be 6n + 2 for some n >= 1"),
+        (["--model", "resnet11"], "--model resnet11: it must be cifar_resnetN or cifar_resnetN_sd, where N = 6n + 2"),
+        (["--model", "cifar_resnet21"], "--model cifar_resnet21: it must be cifar_resnetN or cifar_resnetN_sd, where"),
+        (["--model", "cifar_resnet1\u0661"], "it must be cifar_resnetN or cifar_resnetN_sd, where N = 6n + 2"),
+        (["--epochs", "1" + 400 * "0"], "it must be in [1, 2^31)"),
+        (["--mixup", "1e-46"], "--mixup 1e-46: it must be 0, or in [1e-6, 1e6]"),
         (["--dataset", "mnist"], "argument --dataset: invalid choice: 'mnist' (choose from "),
-        (["--epochs", "0"], "--epochs 0: it must be at least 1"),
+        (["--epochs", "0"], "--epochs 0: it must be in [1, 2^31)"),
         (["--epochs", "ten"], "argument --epochs: invalid int value: 'ten'"),
         (["--epoch", "10"], "unrecognized arguments: --epoch 10"),
-        (["--batch-size", "0"], "--batch-size 0: it must be at least 1"),
+        (["--batch-size", "0"], "--batch-size 0: it must be in [1, 2^31)"),
         (["--lr", "nan"], "--lr nan: it must be in (0, 1e30]"),
         (["--lr-schedule", "cosine"], "argument --lr-schedule: invalid choice: 'cosine' (choose from "),
         (["--weight-decay", "-1"], "--weight-decay -1.0: it must be in [0, 1e30]"),
         (["--drop-path", "1"], "--drop-path 1.0: it must be in [0, 1)"),
         (
             ["--drop-path-schedule", "row"],
-            "argument --drop-path-schedule: 'row' is not linear, uniform, quadratic, exponential, probabilities"
+            "argument --drop-path-schedule: it must be linear, uniform, quadratic, exponential, probabilities"
             " separated by commas, or a file of them (No such file or directory)",
         ),
         (["--drop-path-schedule", "1,0.5,x"], "of them (could not convert string to float: 'x')"),
@@ -248,14 +253,14 @@ def test_command(command, few_images, tmp_path):
         (["--drop-path-schedule", ",".join(["1"] * 54), "--drop-path", "0.5"], "--drop-path has no effect on given"),
         (["--label-smoothing", "1"], "--label-smoothing 1.0: it must be in [0, 1)"),
         (["--random-erasing", "1.1"], "--random-erasing 1.1: it must be in [0, 1]"),
-        (["--mixup", "-1"], "--mixup -1.0: it must be in [0, 1e30]"),
-        (["--cutmix", "nan"], "--cutmix nan: it must be in [0, 1e30]"),
+        (["--mixup", "-1"], "--mixup -1.0: it must be 0, or in [1e-6, 1e6]"),
+        (["--cutmix", "nan"], "--cutmix nan: it must be 0, or in [1e-6, 1e6]"),
         (["--dropout", "1"], "--dropout 1.0: it must be in [0, 1)"),
         (["--ema-decay", "1"], "--ema-decay 1.0: it must be in [0, 1)"),
         (["--dataset", "svhn", "--data-dir", "/nowhere"], "svhn is missing or corrupt in '/nowhere': "),
         (["--seed", "-1"], "--seed -1: it must be in [0, 2^32)"),
-        (["--checkpoint-steps", "0"], "--checkpoint-steps 0: it must be at least 1"),
-        (["--keep-checkpoints", "0"], "--keep-checkpoints 0: it must be at least 1"),
+        (["--checkpoint-steps", "0"], "--checkpoint-steps 0: it must be in [1, 2^31)"),
+        (["--keep-checkpoints", "0"], "--keep-checkpoints 0: it must be in [1, 2^31)"),
         (["--log-with", "paper"], "--log-with paper: this tracker is not installed; installed: "),
         (["--cuda-graphs", "--grad-checkpointing"], "omit --grad-checkpointing"),
         (["--data-dir", "/nowhere"], "cifar10 is missing or corrupt in '/nowhere': "),

@@ -272,7 +272,7 @@ class CifarResNet(nn.Module):
 
 
 def _check_depth(depth: int) -> None:
-    if depth < 8 or (depth - 2) % 6:
+    if not isinstance(depth, int) or depth < 8 or (depth - 2) % 6:
         raise ValueError(f"depth={depth!r}, but it must be 6n + 2 for some n >= 1")
 
 

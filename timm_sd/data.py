@@ -121,7 +121,7 @@ def draw_shapes(num_images: int, seed: int) -> ImageSet:
     return ImageSet(torch.from_numpy(images.clip(0, 255).astype(np.uint8)), torch.from_numpy(labels))
 
 
-def split(data: ImageSet, seed: int, dataset: str = "cifar10") -> tuple[ImageSet, ImageSet]:
+def split(data: ImageSet, seed: int, dataset: str) -> tuple[ImageSet, ImageSet]:
     """A random split into images for training and for validation.
 
     A tenth is for validation (for CIFAR, 5,000 images), but of SVHN 400 images of each digit in "train" and 200 of each

@@ -255,7 +255,7 @@ def sweep(records: Sequence[Record]) -> Figure:
         axes.set_ylabel("test error (%)")
         axes.grid(alpha=0.3)
         if axes.has_data():
-            axes.legend()
+            axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
     return figure
 
 
@@ -265,10 +265,10 @@ def _draw_errors(
     """Mean test errors by `position`, with bars from the lowest to the highest of several runs."""
     errors = defaultdict(list)
     for record in records:
-        errors[position(record)].append(record.best["test_error"])
-    places = sorted(errors)
-    if places:
-        means = [np.mean(errors[place]) for place in places]
-        below = [mean - min(errors[place]) for place, mean in zip(places, means, strict=True)]
-        above = [max(errors[place]) - mean for place, mean in zip(places, means, strict=True)]
+        errors[position(record), record.traits["drop_path_schedule"]].append(record.best["test_error"])
+    if errors:
+        places, groups = zip(*sorted((place, group) for (place, _), group in errors.items()), strict=True)
+        means = [np.mean(group) for group in groups]
+        below = [mean - min(group) for group, mean in zip(groups, means, strict=True)]
+        above = [max(group) - mean for group, mean in zip(groups, means, strict=True)]
         axes.errorbar(places, means, (below, above), color=color, capsize=3, label=label, **style)

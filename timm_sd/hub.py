@@ -64,6 +64,10 @@ def make_folder(run: Path, name: str, address: str | None = None) -> Path:
         )
     # Options that do not affect the weights, such as local paths, are not published.
     asked = {name: getattr(options, name) for name in BOUND_OPTIONS} | {"mixed_precision": record.mixed_precision}
+    if options.drop_path is not None:
+        rate = options.drop_path
+    else:
+        rate = 0.0 if record.schedule == "given" else 1 - record.survival[-1]
     labels = {"label_names": data.SHAPES} if options.dataset == "synthetic" else {}
 
     folder, partial, old = run / "hub", run / "hub.partial", run / "hub.old"
@@ -74,7 +78,7 @@ def make_folder(run: Path, name: str, address: str | None = None) -> Path:
             partial,
             model_config=dict(options=asked, environments=record.environments, **labels),
             model_args=dict(
-                drop_path_rate=1 - record.survival[-1] if options.drop_path is None else options.drop_path,
+                drop_path_rate=rate,
                 drop_path_schedule=options.drop_path_schedule,
                 drop_path_mode="batch",
             ),

@@ -49,6 +49,8 @@ def deviations(record: Record) -> list[str]:
         found.append("batch normalization over each process's part of the batch (paper: the whole batch)")
     if ours.grad_checkpointing:
         found.append("blocks computed twice, so running statistics updated twice per step")
+    if ours.dataset == "svhn" and ours.depth != 152:
+        found.append(f"{ours.depth} layers (paper: 152)")
     if ours.dataset == "synthetic":
         found.append("synthetic shapes (paper: CIFAR)")
     return found
@@ -60,7 +62,7 @@ def schedule_in_words(record: Record) -> str:
     if record.options.lr_schedule == "one-cycle":
         return f"learning rate rising linearly to {lr:g} in the first fifth of the steps, then falling linearly to 0"
     first, second = (f"{drop:.0%}" for drop in record.protocol.lr_drops)
-    return f"learning rate {lr:g}, divided by 10 after {first} of the epochs and again after {second}"
+    return f"learning rate {lr:g}, divided by 10 at {first} of the epochs and again at {second}"
 
 
 def model_card(record: Record, network: CifarResNet, name: str, address: str | None, sha256: str) -> ModelCard:

@@ -8,6 +8,9 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
+import timm
+from torch import nn
+
 from .cifar_resnet import register_depth
 from .command_line import path
 from .errors import UserError
@@ -18,9 +21,15 @@ DATASETS = tuple(PROTOCOLS)
 LR_SCHEDULES = ("steps", "one-cycle")
 # Groups of options in --help.
 RUN, REGULARIZATION, COMPUTATION, OUTPUT = "training", "regularization", "computation", "output"
-AT_LEAST_1 = (lambda value: value >= 1, "at least 1")
-AT_LEAST_0 = (lambda value: 0 <= value <= 1e30, "in [0, 1e30]")
+COUNT = (lambda value: 1 <= value < 2**31, "in [1, 2^31)")
 FRACTION = (lambda value: 0 <= value < 1, "in [0, 1)")
+ALPHA = (lambda value: value == 0 or 1e-6 <= value <= 1e6, "0, or in [1e-6, 1e6]")
+
+
+def is_model(name: str) -> bool:
+    """Whether a name is that of a CIFAR ResNet, registered or not."""
+    match = re.fullmatch(r"cifar_resnet([1-9][0-9]{,4})(_sd)?", name)
+    return match is not None and int(match[1]) >= 8 and int(match[1]) % 6 == 2
 
 
 def schedule(text: str) -> str | tuple[float, ...]:
@@ -33,7 +42,7 @@ def schedule(text: str) -> str | tuple[float, ...]:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not {', '.join(SCHEDULES)}, probabilities separated by commas, or a file of them ({reason})"
+            f"it must be {', '.join(SCHEDULES)}, probabilities separated by commas, or a file of them ({reason})"
         ) from error
 
 
@@ -67,18 +76,20 @@ class Options:
         "cifar_resnet110_sd",
         RUN,
         "cifar_resnetN or cifar_resnetN_sd, for any depth N = 6n + 2",
-        valid=(re.compile(r"cifar_resnet[1-9]\d{,4}(_sd)?").fullmatch, "cifar_resnetN or cifar_resnetN_sd, N = 6n + 2"),
+        valid=(is_model, "cifar_resnetN or cifar_resnetN_sd, where N = 6n + 2"),
     )
     dataset: str = option("cifar10", RUN, "the data set", DATASETS)
     data_dir: Path = option(Path("data"), RUN, "folder with torchvision's files", free=True)
     download: bool = option(False, RUN, "download the files to --data-dir", free=True)
     epochs: int | None = option(
-        None, RUN, "passes over the training images; if omitted, the paper's: 500, and 50 for svhn", valid=AT_LEAST_1
+        None, RUN, "passes over the training images; if omitted, the paper's: 500, and 50 for svhn", valid=COUNT
     )
-    batch_size: int = option(128, RUN, "images per step, across all processes", valid=AT_LEAST_1)
+    batch_size: int = option(128, RUN, "images per step, across all processes", valid=COUNT)
     lr: float = option(0.1, RUN, "peak learning rate", valid=(lambda lr: 0 < lr <= 1e30, "in (0, 1e30]"))
     lr_schedule: str = option("steps", RUN, "steps (the authors') or one-cycle (for short runs)", LR_SCHEDULES)
-    weight_decay: float = option(1e-4, RUN, "applied to every parameter", valid=AT_LEAST_0)
+    weight_decay: float = option(
+        1e-4, RUN, "applied to every parameter", valid=(lambda decay: 0 <= decay <= 1e30, "in [0, 1e30]")
+    )
     drop_path: float | None = option(None, RUN, "1 - p_L; if omitted, the network's own", valid=FRACTION)
     drop_path_schedule: str | tuple = option(
         "linear",
@@ -96,15 +107,13 @@ class Options:
         "probability that a rectangle of an image is erased",
         valid=(lambda p: 0 <= p <= 1, "in [0, 1]"),
     )
-    mixup: float = option(0.0, REGULARIZATION, "alpha of mixup", valid=AT_LEAST_0)
-    cutmix: float = option(
-        0.0, REGULARIZATION, "alpha of CutMix; with mixup, each batch gets one of them", valid=AT_LEAST_0
-    )
+    mixup: float = option(0.0, REGULARIZATION, "alpha of mixup", valid=ALPHA)
+    cutmix: float = option(0.0, REGULARIZATION, "alpha of CutMix; with mixup, each batch gets one of them", valid=ALPHA)
     dropout: float = option(0.0, REGULARIZATION, "probability of dropout before the classifier", valid=FRACTION)
     ema_decay: float = option(
         0.0,
         REGULARIZATION,
-        "decay per step of a moving average of the weights, which is then the result",
+        "decay per step of a moving average of the weights, which is then evaluated and saved instead of them",
         valid=FRACTION,
     )
     sync_bn: bool = option(False, COMPUTATION, "normalize over the whole batch instead of each GPU's part")
@@ -115,9 +124,9 @@ class Options:
     )
     resume: bool = option(False, OUTPUT, "continue from the folder's newest checkpoint", free=True)
     checkpoint_steps: int | None = option(
-        None, OUTPUT, "steps between checkpoints, in addition to one after each epoch", valid=AT_LEAST_1, free=True
+        None, OUTPUT, "steps between checkpoints, in addition to one after each epoch", valid=COUNT, free=True
     )
-    keep_checkpoints: int = option(2, OUTPUT, "number of checkpoints to keep", valid=AT_LEAST_1, free=True)
+    keep_checkpoints: int = option(2, OUTPUT, "number of checkpoints to keep", valid=COUNT, free=True)
     log_with: str | None = option(None, OUTPUT, "one of Accelerate's trackers: tensorboard, wandb, ...", free=True)
 
     def __post_init__(self) -> None:
@@ -136,19 +145,29 @@ class Options:
             object.__setattr__(self, "epochs", PROTOCOLS[self.dataset].epochs)
         if isinstance(self.drop_path_schedule, tuple) and self.drop_path is not None:
             raise UserError("--drop-path has no effect on given probabilities: omit it")
-        depth = int(re.search(r"\d+", self.model)[0])
         try:
-            register_depth(depth)
-        except ValueError as error:
-            raise UserError(f"--model {self.model}: {error}") from error
-        try:
-            survival_probabilities((depth - 2) // 2, 1.0, self.drop_path_schedule)
+            survival_probabilities((self.depth - 2) // 2, 1.0, self.drop_path_schedule)
         except ValueError as error:
             raise UserError(f"--drop-path-schedule: {error}") from error
         if self.output_dir == self.output_dir.parent:
             raise UserError(f"--output {self.output}: a run needs a folder of its own")
         if self.cuda_graphs and self.grad_checkpointing:
             raise UserError("--cuda-graphs keeps every activation: omit --grad-checkpointing")
+
+    @property
+    def depth(self) -> int:
+        """The network's layers with weights."""
+        return int(re.search(r"[0-9]+", self.model)[0])
+
+    def create_model(self, device: str | None = None) -> nn.Module:
+        """The network, not trained, with the data set's configuration."""
+        register_depth(self.depth)
+        return timm.create_model(
+            self.data_tag,
+            drop_path_rate=self.drop_path,
+            drop_path_schedule=self.drop_path_schedule,
+            device=device,
+        )
 
     @property
     def changed(self) -> list[str]:
@@ -178,8 +197,10 @@ class Options:
     @property
     def weights_tag(self) -> str:
         """The name of the run's weights. The tag is the data set alone for the paper's recipe, else it says more."""
-        is_papers = all(GROUPS[name] == COMPUTATION for name in self.changed)
-        return f"{self.model}.{'' if is_papers else f'e{self.epochs}_'}{self.dataset}"
+        recipe = [name for name in self.changed if GROUPS[name] != COMPUTATION]
+        words = [name.replace("_", "-") for name in recipe if GROUPS[name] == REGULARIZATION]
+        tag = "_".join([f"e{self.epochs}", *words, self.dataset] if recipe else [self.dataset])
+        return f"{self.model}.{tag}"
 
 
 BOUND_OPTIONS = tuple(declared.name for declared in fields(Options) if not declared.metadata["free"])

@@ -7,18 +7,24 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import timm
-
 from . import paper
 from .errors import UserError
 from .gate import gates
-from .options import BOUND_OPTIONS, GROUPS, REGULARIZATION, Options, flag
+from .options import BOUND_OPTIONS, Options, flag
 from .run_folder import Progress, RunFolder, read_config, summarize
 
 # The entries of every environment. (Earlier versions did not record NumPy.)
 COUNTS = ("processes", "threads")
 WORDS = ("device", "processor", "dynamo_backend", "timm_sd", "python", "torch", "torchvision", "timm", "accelerate")
 OPTIONAL_WORDS = ("git_commit", "numpy", "since")
+REGULARIZERS = {
+    "label_smoothing": "label smoothing",
+    "random_erasing": "random erasing with probability",
+    "mixup": "mixup with alpha",
+    "cutmix": "CutMix with alpha",
+    "dropout": "dropout before the classifier with probability",
+    "ema_decay": "moving average of the weights with decay",
+}
 
 
 def read_options(path: Path) -> Options:
@@ -128,19 +134,12 @@ class Record:
     @cached_property
     def survival(self) -> list[float]:
         """The survival probabilities p_1..p_L."""
-        options = self.options
-        network = timm.create_model(
-            options.data_tag,
-            drop_path_rate=options.drop_path,
-            drop_path_schedule=options.drop_path_schedule,
-            device="meta",
-        )
-        return [gate.survival for gate in gates(network)]
+        return [gate.survival for gate in gates(self.options.create_model(device="meta"))]
 
     @property
     def depth(self) -> int:
         """The network's layers with weights, 2L + 2."""
-        return 2 * len(self.survival) + 2
+        return self.options.depth
 
     @property
     def stochastic(self) -> bool:
@@ -155,9 +154,9 @@ class Record:
 
     @property
     def regularizers(self) -> list[str]:
-        """Those beside stochastic depth, such as "mixup 0.2"."""
-        names = [name for name in self.options.changed if GROUPS[name] == REGULARIZATION]
-        return [f"{name.replace('_', ' ')} {getattr(self.options, name):g}" for name in names]
+        """Those other than stochastic depth, in words."""
+        changed = [name for name in REGULARIZERS if name in self.options.changed]
+        return [f"{REGULARIZERS[name]} {getattr(self.options, name):g}" for name in changed]
 
     @property
     def traits(self) -> dict[str, object]:

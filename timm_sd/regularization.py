@@ -1,8 +1,10 @@
-"""Regularizers beside stochastic depth, from timm and PyTorch. The paper has none of them.
+"""Regularizers other than stochastic depth, from timm and PyTorch. The paper has none of them.
 
 Everything random is drawn on the CPU for the whole batch, as a function of (seed, step), and each process takes its
-part. So a run sees the same on any device, with any number of processes, and after resuming.
+part. So a run sees the same images, labels and dropout on any device, with any number of processes, and after resuming.
 """
+
+from itertools import compress
 
 import numpy as np
 import torch
@@ -10,7 +12,6 @@ import torch.nn.functional as F
 from accelerate.utils import set_seed
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms import v2
 
 from .options import Options
@@ -29,7 +30,7 @@ class Regularization:
         self.seed = options.seed
         self.erasing = RandomErasing(options.random_erasing, device=device) if options.random_erasing else None
         alphas = {v2.MixUp: options.mixup, v2.CutMix: options.cutmix}
-        mixes = [mix(alpha=alpha, num_classes=network.num_classes) for mix, alpha in alphas.items() if alpha]
+        mixes = [mix(alpha=float(alpha), num_classes=network.num_classes) for mix, alpha in alphas.items() if alpha]
         self.mix = v2.RandomChoice(mixes) if mixes else None
         self.dropout = options.dropout
         self.features = network.head_hidden_size
@@ -58,18 +59,19 @@ class Regularization:
         if self.mix:
             images, labels = self.mix(images, labels)
         if self.dropout:
-            self.mask = F.dropout(torch.ones(len(images), self.features), self.dropout)[part].to(images.device)
-        return images[part], labels[part]
+            self.mask = F.dropout(torch.ones(len(images), self.features), self.dropout)[part]
+            self.mask = self.mask.to(images.device, non_blocking=True)
+        return images[part].contiguous(memory_format=torch.channels_last), labels[part]
 
 
-def moving_average(network: nn.Module, decay: float) -> AveragedModel:
-    """The exponential moving average of a network's weights and running statistics; its `module` is a network too."""
-    average = get_ema_multi_avg_fn(decay)
+@torch.no_grad()
+def update_average(average: nn.Module, network: nn.Module, decay: float) -> None:
+    """One step of the exponential moving average of a network's weights and running statistics, in place.
 
-    def update(averages: list[Tensor], tensors: list[Tensor], count: Tensor) -> None:
-        if averages[0].is_floating_point():
-            average(averages, tensors, count)
-        else:  # batch normalization's counters
-            torch._foreach_copy_(averages, tensors)
-
-    return AveragedModel(network, multi_avg_fn=update, use_buffers=True)
+    `average` is a copy of the network: average = decay * average + (1 - decay) * network.
+    """
+    tensors, news = ([*module.parameters(), *module.buffers()] for module in (average, network))
+    is_real = [tensor.is_floating_point() for tensor in tensors]
+    is_count = [not real for real in is_real]  # batch normalization's counters
+    torch._foreach_lerp_(list(compress(tensors, is_real)), list(compress(news, is_real)), 1 - decay)
+    torch._foreach_copy_(list(compress(tensors, is_count)), list(compress(news, is_count)))

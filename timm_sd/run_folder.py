@@ -32,7 +32,7 @@ from torch import nn
 from .errors import UserError
 from .files import check_sums, parse_json, read_json, sha256, sync, write, write_json, write_sums
 from .metrics import SUMS, check_metrics
-from .options import BOUND_OPTIONS, Options
+from .options import BOUND_OPTIONS, GROUPS, REGULARIZATION, Options
 
 BEST_FILE = "best.safetensors"
 CONFIG_FILE = "config.json"
@@ -278,11 +278,12 @@ def read_config(path: Path) -> dict:
         if not isinstance(config["options"], dict) or not all(isinstance(it, dict) for it in config["environments"]):
             raise TypeError
         config["environments"][0]
+        # Earlier versions had no regularizers, which are off by default.
+        regularizers = {name: getattr(Options, name) for name, group in GROUPS.items() if group == REGULARIZATION}
+        config["options"] = regularizers | config["options"]
         return config
     except (OSError, ValueError, TypeError, LookupError) as error:
-        raise UserError(
-            f"{path} has no run: its config.json is missing, damaged or not from a run (train.py --resume restores it)"
-        ) from error
+        raise UserError(f"{path} has no run: its config.json is missing, damaged or not from a run") from error
 
 
 def read_summary(path: Path) -> dict:

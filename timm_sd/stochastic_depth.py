@@ -32,18 +32,18 @@ def survival_probabilities(num_blocks: int, final: float, schedule: str | Sequen
 
     All schedules end with p_L = `final`. "linear" is the paper's: it decays from the input, which always survives
     (p_0 = 1), so p_b = 1 - (b / L)(1 - p_L) (section 3, eq. 4). "uniform" gives every block p_L (section 3).
-    "quadratic", p_b = 1 - (b / L)^2 (1 - p_L), spares the early blocks, and "exponential", p_b = p_L^(b / L), drops
-    more of them. The schedule can also be the L probabilities themselves; then `final` is not used.
+    "quadratic", p_b = 1 - (b / L)^2 (1 - p_L), drops fewer blocks than "linear" at every depth, and "exponential",
+    p_b = p_L^(b / L), more. The schedule can also be the L probabilities themselves; then `final` is not used.
 
     Raises ValueError for a probability outside (0, 1], an unknown schedule, or another number of probabilities.
     """
     check_survival("final", final)
-    if not isinstance(schedule, str):
+    if not isinstance(schedule, str) and hasattr(schedule, "__len__"):
         if len(schedule) != num_blocks:
             raise ValueError(f"{len(schedule)} survival probabilities, but there are {num_blocks} residual blocks")
         for block, probability in enumerate(schedule, start=1):
             check_survival(f"p_{block}", probability)
-        return list(schedule)
+        return [float(probability) for probability in schedule]
     check_choice("schedule", schedule, list(SCHEDULES))
     return [SCHEDULES[schedule](block / num_blocks, final) for block in range(1, num_blocks + 1)]
 

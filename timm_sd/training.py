@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import chain
 
-import timm
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -28,7 +27,7 @@ from .metrics import SUMS
 from .options import Options
 from .paper import PROTOCOLS
 from .processes import mean_in_order, on_all_processes, on_main_process
-from .regularization import Regularization, moving_average
+from .regularization import Regularization, update_average
 from .run_folder import Progress, RunFolder, summarize
 
 ONE_CYCLE_RISE = 0.2  # fraction of all steps
@@ -55,10 +54,7 @@ def one_cycle(step: int, steps: int, peak: float) -> float:
 def create_network(options: Options) -> nn.Module:
     """The network of a run, initialized from its seed."""
     set_seed(options.seed)
-    network = timm.create_model(
-        options.data_tag, drop_path_rate=options.drop_path, drop_path_schedule=options.drop_path_schedule
-    )
-    return network.to(memory_format=torch.channels_last)
+    return options.create_model().to(memory_format=torch.channels_last)
 
 
 def create_accelerator(options: Options) -> Accelerator:
@@ -111,11 +107,8 @@ class Run:
             )
 
         network = create_network(options)
-        # What is evaluated and saved: the network without anything that training adds to it.
+        # What is evaluated and saved: the network, or its moving average, without anything that training adds to it.
         self.plain = copy.deepcopy(network).to(accelerator.device)
-        self.average = moving_average(self.plain, options.ema_decay) if options.ema_decay else None
-        if self.average is not None:
-            self.plain = self.average.module
         self.regularize = Regularization(options, network, accelerator.device)
         network.set_grad_checkpointing(options.grad_checkpointing)
         if options.sync_bn:
@@ -143,7 +136,7 @@ class Run:
             torch.backends.cudnn.benchmark = True  # every batch but the last has the same shape
 
         # A checkpoint has the plain network's keys, so that a run can resume in other wrappers.
-        checkpointed = [network] if self.average is None else [network, self.average]
+        checkpointed = [network, self.plain] if options.ema_decay else [network]
 
         def save_unwrapped(models: list[nn.Module], weights: list[dict], folder: str) -> None:
             weights[:] = [model.state_dict() for model in checkpointed]
@@ -185,6 +178,11 @@ class Run:
         images, _ = next(data.evaluation_batches(self.training_set, self.options.batch_size, self.standardize))
         graph_blocks(self.network, images, torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else None)
 
+    @property
+    def steps_done(self) -> int:
+        """The number of training steps since the beginning of the run."""
+        return (self.progress.epoch - 1) * self.steps + self.progress.steps
+
     def batches(self) -> Iterator[tuple[Tensor, Tensor, int]]:
         """For the remaining steps of the current epoch: this process's images and labels, and the size of the batch.
 
@@ -201,7 +199,7 @@ class Run:
             self.protocol.augmented,
         )
         process, processes = self.accelerator.process_index, self.accelerator.num_processes
-        for step, (images, labels) in enumerate(batches, start=(progress.epoch - 1) * self.steps + progress.steps):
+        for step, (images, labels) in enumerate(batches, start=self.steps_done):
             size = len(labels)
             part = slice(size * process // processes, size * (process + 1) // processes)
             yield *self.regularize(images, labels, step, part), size
@@ -222,8 +220,8 @@ class Run:
             # DDP averages gradients over the processes. This makes them the mean over the batch, however it is split.
             self.accelerator.backward(loss * (processes / batch_size))
         self.optimizer.step()
-        if self.average is not None:
-            self.average.update_parameters(self.network)
+        if self.options.ema_decay:
+            update_average(self.plain, self.network, self.options.ema_decay)
         with torch.no_grad():
             likeliest = labels.argmax(1) if labels.ndim == 2 else labels
             sums = dict(
@@ -255,8 +253,7 @@ class Run:
             disable=None if self.accelerator.is_main_process else True,
         ) as batches:
             for images, labels, batch_size in batches:
-                step = (progress.epoch - 1) * self.steps + progress.steps
-                gate_values = draw_gates(self.survival, options.seed, step)
+                gate_values = draw_gates(self.survival, options.seed, self.steps_done)
                 for group in self.optimizer.param_groups:
                     group["lr"] = self.learning_rate(progress.steps + 1)
                 self.step(images, labels, gate_values, batch_size)
@@ -284,7 +281,7 @@ class Run:
 
     def evaluate(self) -> dict[str, float]:
         """The current network's validation and test error, in percent."""
-        if self.average is None:
+        if not self.options.ema_decay:
             self.plain.load_state_dict(self.network.state_dict())
         broadcast(list(self.plain.buffers()))  # the first process's running statistics are the network's
         parts = {"validation_error": self.validation_set, "test_error": self.test_set}

@@ -1,4 +1,4 @@
-"""Evaluate a network on CIFAR: `python train_scripts/validate.py --run output/NAME --data-dir data`."""
+"""Evaluate a network on a data set: `python train_scripts/validate.py --run output/NAME --data-dir data`."""
 
 import start  # noqa: F401
 
@@ -35,7 +35,7 @@ def parse_args() -> argparse.Namespace:
     weights.add_argument("--checkpoint", type=path, help="a safetensors file with weights")
     weights.add_argument("--run", type=path, help="a run's folder: its best weights, data set and split")
     parser.add_argument("--dataset", choices=DATASETS, help="if omitted, the run's or cifar10")
-    parser.add_argument("--data-dir", type=path, default=Path("data"), help="folder with torchvision's CIFAR files")
+    parser.add_argument("--data-dir", type=path, default=Path("data"), help="folder with torchvision's files")
     parser.add_argument("--split", choices=SPLITS, default="test", help="--seed determines train and validation")
     parser.add_argument("--seed", type=int, help="seed of the split; if omitted, the run's or 0")
     parser.add_argument(
