@@ -79,8 +79,10 @@ def test_perfect_skipping(benchmark):
     assert benchmark.perfect_seconds(1.0, [0.4, 0.3, 0.2], [0.1, 0.2, 0.5]) == pytest.approx(1 - 0.04 - 0.06 - 0.1)
 
 
+@pytest.mark.usefixtures("registry")
 def test_the_table(benchmark, capsys, monkeypatch):
-    monkeypatch.setattr(benchmark, "DEPTHS", (20,))
+    monkeypatch.setattr(benchmark, "DEPTHS", (20, 26))
+    monkeypatch.setattr(benchmark, "CHECKPOINTED_FROM", 20)
     benchmark.compare_steps("cifar_resnet20", 8, 2)
     benchmark.compare_depths(8, 2)
     out = capsys.readouterr().out
@@ -88,11 +90,17 @@ def test_the_table(benchmark, capsys, monkeypatch):
         assert f"\n{kind} " in out
     survival = [gate.survival for gate in gates(timm.create_model("cifar_resnet20_sd"))]
     opened = sum(draw_gates(survival, 0, t).sum().item() for t in (0, 1))
-    rows = {line[:48].strip(): line[48:].split() for line in out.splitlines() if line.startswith("cifar_resnet20,")}
+    rows = {line[:48].strip(): line[48:].split() for line in out.splitlines() if line.startswith("cifar_resnet2")}
     assert float(rows["cifar_resnet20, stochastic depth"][0]) == pytest.approx(opened / 2)
     assert float(rows["cifar_resnet20, constant depth"][0]) == 9
     seconds = float(rows["cifar_resnet20, constant depth"][1])
     assert float(rows["cifar_resnet20, constant depth"][2]) == pytest.approx(1000 * seconds / 9, rel=0.05)
+    kinds = ["constant depth", "stochastic depth"]
+    checkpointed = [f"{kind}, checkpointing" for kind in kinds]
+    deeper = [f"cifar_resnet26, {kind}" for kind in checkpointed]
+    assert list(rows) == [*(f"cifar_resnet20, {kind}" for kind in [*kinds, *checkpointed]), *deeper]
+    for row in deeper:
+        assert float(rows[row][4]) == pytest.approx(float(rows[row][3]) / 12, abs=0.05)
 
 
 def vit_blocks(drop_path):

@@ -39,7 +39,7 @@ from timm_sd.training import Run
 
 PARTS = ("data", "step", "depth", "timm")
 DEPTHS = (20, 56, 110, 1202, 2402, 4802)
-CHECKPOINTED_FROM = 1202  # deeper networks only with checkpointing: at batch 128, 2402 layers need 24 GiB without it
+CHECKPOINTED_FROM = 1202  # and deeper ones only so: at batch 128, 2402 layers would take about 24 GiB without it
 Step = Callable[[int], None]
 
 
@@ -242,7 +242,7 @@ def compare_data(data_dir: Path, batch_size: int, rounds: int = 5, batches: int 
     """Print the throughput of our batches and of a DataLoader's; return the seconds per batch of ours."""
     device = Accelerator().device
     learning_set, _ = data.load("cifar10", data_dir)
-    training_set, _ = data.split(learning_set, seed=0)
+    training_set, _ = data.split(learning_set, 0, "cifar10")
     training_set = training_set.to(device)
     standardize = data.Standardize.of(timm.create_model("cifar_resnet20.cifar10"), device)
     config = timm.create_model("cifar_resnet20.cifar10").pretrained_cfg
@@ -287,26 +287,27 @@ def compare_depths(batch_size: int, count: int) -> None:
 
     Time is per active block. Memory is per block, since gradients and momentum are those of all blocks.
     """
-    say(f"\nDepth, batch {batch_size}, {count} steps")
-    say(f"{'':48} {'active':>7} {'s/step':>9} {'ms/active':>9} {'MiB':>7} {'MiB/block':>9}")
+    cases = []
     for depth in DEPTHS:
         register_depth(depth)
-        model = f"cifar_resnet{depth}"
         kinds = ["constant depth", "stochastic depth"] if depth <= CHECKPOINTED_FROM else []
         if depth >= CHECKPOINTED_FROM:
             kinds += ["constant depth, checkpointing", "stochastic depth, checkpointing"]
-        memory = {
-            kind: in_own_process(peak_memory, make_step, (kind, model, batch_size), range(count)) for kind in kinds
-        }
-        seconds = time_steps({kind: make_step(kind, model, batch_size) for kind in kinds}, count)
-        for kind in kinds:
-            survival = survival_of(timm.create_model(model if kind.startswith("constant") else f"{model}_sd"))
-            drawn = torch.stack([draw_gates(survival, 0, t) for t in range(count)])
-            active, mean = drawn.double().sum(1).mean().item(), statistics.mean(seconds[kind])
-            say(
-                f"{model + ', ' + kind:48} {active:7.1f} {mean:9.3f} {1e3 * mean / active:9.2f} {memory[kind]:7.0f}"
-                f" {memory[kind] / len(survival):9.3f}"
-            )
+        cases += [(kind, f"cifar_resnet{depth}", batch_size) for kind in kinds]
+    memory = {case: in_own_process(peak_memory, make_step, case, range(count)) for case in cases}
+    seconds = time_steps({case: make_step(*case) for case in cases}, count, warm_up=1)
+
+    say(f"\nDepth, batch {batch_size}, {count} steps")
+    say(f"{'':48} {'active':>7} {'s/step':>9} {'ms/active':>9} {'MiB':>7} {'MiB/block':>9}")
+    for case in cases:
+        kind, model, _ = case
+        survival = survival_of(timm.create_model(model if kind.startswith("constant") else f"{model}_sd"))
+        drawn = torch.stack([draw_gates(survival, 0, t) for t in range(count)])
+        active, mean = drawn.double().sum(1).mean().item(), statistics.mean(seconds[case])
+        say(
+            f"{model + ', ' + kind:48} {active:7.1f} {mean:9.3f} {1e3 * mean / active:9.2f} {memory[case]:7.0f}"
+            f" {memory[case] / len(survival):9.3f}"
+        )
 
 
 def measure_timm(model: str, rates: Sequence[float], batch_size: int, count: int) -> dict[float, dict[str, Measured]]:
@@ -375,8 +376,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model", default="cifar_resnet110", help="the network of constant depth")
     parser.add_argument("--batch-size", type=int, default=128, help="for the parts data and step")
     parser.add_argument("--steps", type=int, default=64, help="number of steps of each kind")
-    parser.add_argument("--depth-batch-size", type=int, default=32)
-    parser.add_argument("--depth-steps", type=int, default=8)
+    parser.add_argument("--depth-batch-size", type=int, default=8)
+    parser.add_argument("--depth-steps", type=int, default=3)
     parser.add_argument("--timm-models", nargs="+", default=benchmark_timm.MODELS, metavar="MODEL")
     parser.add_argument("--timm-rates", nargs="+", type=float, default=benchmark_timm.RATES, metavar="RATE")
     parser.add_argument("--timm-batch-size", type=int, default=8)
