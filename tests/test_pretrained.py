@@ -85,10 +85,10 @@ def test_other_channels():
     network = timm.create_model("cifar_resnet110_sd", pretrained=True, in_chans=1).eval()
     weights = weights_of("cifar_resnet110_sd.e12_cifar10")
     torch.testing.assert_close(network.conv1.weight, weights["conv1.weight"].sum(1, keepdim=True))
-    grey = IMAGES[:, :1]
+    gray = IMAGES[:, :1]
     torch.testing.assert_close(
-        network(grey),
-        timm.create_model("cifar_resnet110_sd", pretrained=True).eval()(grey.expand(-1, 3, -1, -1)),
+        network(gray),
+        timm.create_model("cifar_resnet110_sd", pretrained=True).eval()(gray.expand(-1, 3, -1, -1)),
         rtol=1e-3,
         atol=1e-3,
     )

@@ -329,7 +329,7 @@ def test_the_run_explains_itself(few_images, tmp_path):
 
 
 def test_trackers(few_images, tmp_path):
-    """Every figure of every epoch, as TensorBoard itself reads them."""
+    """Every metric of every epoch, as TensorBoard itself reads them."""
     options = Options("cifar_resnet20_sd", "synthetic", epochs=2, batch_size=64, log_with="tensorboard")
     training.train(replace(options, output=tmp_path / "run"))
     accumulator = EventAccumulator(str(tmp_path / "run" / "timm-sd"))
