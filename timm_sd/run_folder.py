@@ -279,8 +279,9 @@ def read_config(path: Path) -> dict:
             raise TypeError
         config["environments"][0]
         # Earlier versions had no regularizers, which are off by default.
-        regularizers = {name: getattr(Options, name) for name, group in GROUPS.items() if group == REGULARIZATION}
-        config["options"] = regularizers | config["options"]
+        for name, group in GROUPS.items():
+            if group == REGULARIZATION:
+                config["options"].setdefault(name, getattr(Options, name))
         return config
     except (OSError, ValueError, TypeError, LookupError) as error:
         raise UserError(f"{path} has no run: its config.json is missing, damaged or not from a run") from error
