@@ -46,7 +46,7 @@ def kill(rivals: list[subprocess.Popen], folder: Path, delay: float, while_writi
 def check_end(run: subprocess.Popen) -> int:
     """The status of a process that has been killed, has come to its end, or was refused as the second in a folder."""
     _, errors = run.communicate()
-    refused = "another process is training in" in errors and errors.count("\n") == 1
+    refused = "another process is training or publishing in" in errors and errors.count("\n") == 1
     assert run.returncode in ((1, -signal.SIGKILL) if refused else (0, -signal.SIGKILL)), errors
     assert refused or not errors, errors
     return run.returncode

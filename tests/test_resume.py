@@ -355,7 +355,9 @@ def test_a_folder_belongs_to_one_process(two_checkpoints, tmp_path):
     holder = run_folder.RunFolder(run)
     holder.lock.acquire()
     for resume in (False, True):
-        with pytest.raises(UserError, match=f"another process is training in {run}: choose another --output"):
+        with pytest.raises(
+            UserError, match=f"another process is training or publishing in {run}: choose another --output"
+        ):
             training.train(options_for(run, resume=resume))
     holder.close()
     assert content_of(run) == before
@@ -371,7 +373,7 @@ def test_a_new_run_is_locked_from_its_first_moment(tmp_path, monkeypatch):
         step(run, *args)
         if not refused:
             refused.append(True)
-            with pytest.raises(UserError, match="another process is training in"):
+            with pytest.raises(UserError, match="another process is training or publishing in"):
                 run_folder.RunFolder(tmp_path).open({}, {}, False)
 
     monkeypatch.setattr(training.Run, "step", step_and_start_another)

@@ -5,7 +5,7 @@
     model.safetensors   the weights with the lowest validation error
     summary.json        the result and the weights' SHA-256, once the run is finished
     checkpoints/        the last few states to resume from
-    lock                held by the process that trains
+    lock                held by the process that trains or publishes
 
 A checkpoint is self-contained: it includes the configuration, metrics and best weights, and the SHA-256 of each of its
 files. The files next to it are copies for the reader. Resuming rewrites them, so they never include steps that were
@@ -116,7 +116,9 @@ class RunFolder:
             try:
                 self.lock.acquire(timeout=0)
             except Timeout as error:
-                raise UserError(f"another process is training in {self.path}: choose another --output") from error
+                raise UserError(
+                    f"another process is training or publishing in {self.path}: choose another --output"
+                ) from error
             everything = self._all_checkpoints()
             if not everything or not resume:
                 if everything or self.metrics.exists() or self.weights.exists():

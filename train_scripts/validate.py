@@ -113,7 +113,7 @@ def main() -> None:
             share = f"{100 * errors / count:.2f}%" if count else "-"
             say(f"{name:>20} {count:7} {errors:7} {share:>7}")
         say(
-            f"{options.data_tag}, {args.split} images of {options.dataset}: loss {result.loss:.4f}, top-1 error"
+            f"{options.model}, {args.split} images of {options.dataset}: loss {result.loss:.4f}, top-1 error"
             f" {result.error:.2f}%, {len(images) / seconds:.0f} images/s"
         )
         accelerator.end_training()
