@@ -457,8 +457,8 @@ def test_the_published_figure_is_that_of_the_network(made_up):
 
 def test_the_images_that_figures_reckon_with(made_up):
     learning, _ = data.load("synthetic", None)
-    assert made_up("a").images == len(data.split(learning, 0, "synthetic")[0]) == 4500
-    assert made_up("b", dataset="cifar10").images == 45_000
+    assert made_up("a").protocol.training_images == len(data.split(learning, 0, "synthetic")[0]) == 4500
+    assert made_up("b", dataset="cifar10").protocol.training_images == 45_000
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 from by_hand import REGULARIZERS
 
 from timm_sd.options import Options
-from timm_sd.regularization import Regularization, update_average
+from timm_sd.regularization import Regularization
 
 B = 24
 CPU = torch.device("cpu")
@@ -126,22 +126,6 @@ def test_functions_of_seed_and_step_for_any_number_of_processes(strengths):
     is_random = not strengths.keys() <= {"label_smoothing", "ema_decay"}
     assert differ(regularized(step=4, seed=7, **strengths)) == is_random
     assert differ(regularized(step=3, seed=8, **strengths)) == is_random
-
-
-def test_moving_average():
-    network = timm.create_model("cifar_resnet20").train()
-    average = copy.deepcopy(network)
-    expected = {key: value.clone() for key, value in network.state_dict().items()}
-    for step in range(3):
-        network(torch.randn(4, 3, 32, 32))
-        with torch.no_grad():
-            for parameter in network.parameters():
-                parameter += step
-        update_average(average, network, 0.7)
-        for key, value in network.state_dict().items():
-            expected[key] = 0.7 * expected[key] + 0.3 * value if value.is_floating_point() else value.clone()
-    torch.testing.assert_close(dict(average.state_dict()), expected)
-    assert average.bn1.num_batches_tracked == 3
 
 
 @pytest.mark.parametrize("name", ["mixup", "cutmix"])

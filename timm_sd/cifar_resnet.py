@@ -271,8 +271,13 @@ class CifarResNet(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
+def is_depth(depth: int) -> bool:
+    """Whether there is a network of this depth, 6n + 2 with n >= 1."""
+    return isinstance(depth, int) and depth >= 8 and depth % 6 == 2
+
+
 def _check_depth(depth: int) -> None:
-    if not isinstance(depth, int) or depth < 8 or (depth - 2) % 6:
+    if not is_depth(depth):
         raise ValueError(f"depth={depth!r}, but it must be 6n + 2 for some n >= 1")
 
 

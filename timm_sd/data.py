@@ -186,8 +186,9 @@ def training_batches(
     generator = _generator(seed, epoch)
     device = data.labels.device
     order = torch.randperm(len(data), generator=generator).to(device)
-    shifts = torch.randint(2 * MAX_SHIFT + 1, (len(data), 2), generator=generator).to(device)
-    flips = (torch.rand(len(data), generator=generator) < 0.5).to(device)
+    if augmented:
+        shifts = torch.randint(2 * MAX_SHIFT + 1, (len(data), 2), generator=generator).to(device)
+        flips = (torch.rand(len(data), generator=generator) < 0.5).to(device)
     for start in range(first_step * batch_size, len(data), batch_size):
         drawn = slice(start, start + batch_size)
         batch = data[order[drawn]]

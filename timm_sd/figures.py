@@ -54,7 +54,7 @@ def curves(records: Sequence[Record], name: str) -> np.ndarray:
 
 def training_seconds(records: Sequence[Record]) -> float:
     """Seconds per epoch without evaluation, the median over epochs and runs."""
-    return float(np.median([r.images / curves([r], "images_per_second") for r in records]))
+    return float(np.median([r.protocol.training_images / curves([r], "images_per_second") for r in records]))
 
 
 def save(figure: Figure, file: Path) -> None:
@@ -211,7 +211,7 @@ def times(groups: Groups) -> Figure:
     constant, stochastic = (training_seconds(groups[group]) for group in (CONSTANT, STOCHASTIC))
     records = groups[STOCHASTIC]
     share = curves(records, "active_blocks").mean() / len(records[0].survival)
-    images = records[0].images
+    images = records[0].protocol.training_images
     perfect = "perfect skipping\nof equal blocks"
     figure, (left, right) = _new_figure(2, width=10)
     names = ("constant\ndepth", "stochastic\ndepth", perfect)
@@ -220,7 +220,7 @@ def times(groups: Groups) -> Figure:
     left.bar_label(bars, [f"{value:.3g} s\n{images / value:.0f} images/s" for value in seconds], padding=3)
     left.set_ylabel("training time per epoch (s)")
     left.margins(y=0.2)
-    ratios = {f"these runs,\n{records[0].depth} layers": (stochastic / constant, ""), perfect: (share, "")}
+    ratios = {f"these runs,\n{records[0].options.depth} layers": (stochastic / constant, ""), perfect: (share, "")}
     for who, (slow, fast) in paper.SECONDS.items():
         ratios[f"{who},\n110 layers"] = fast / slow, f" ({fast:g} s vs. {slow:g} s)"
     bars = right.barh(list(ratios), [ratio for ratio, _ in ratios.values()], color=(COLORS[STOCHASTIC], *["0.75"] * 3))
@@ -237,19 +237,19 @@ def sweep(records: Sequence[Record]) -> Figure:
     The left plot is for the depth with the most runs, the right one for constant depth and linear decay to p_L = 0.5.
     """
     figure, (left, right) = _new_figure(2, width=10)
-    depths = Counter(record.depth for record in records)
+    depths = Counter(record.options.depth for record in records)
     depth = max(depths, key=lambda depth: (depths[depth], depth))
     runs = defaultdict(list)
     for record in records:
         runs[record.schedule if record.stochastic else CONSTANT].append(record)
     for name, (color, style) in SWEEP.items():
-        at_depth = [record for record in runs[name] if record.depth == depth]
+        at_depth = [record for record in runs[name] if record.options.depth == depth]
         _draw_errors(left, at_depth, lambda record: record.survival[-1], name, color, **style)
     left.set_xlabel(f"$p_L$, survival probability of the last block ({depth} layers)")
     halved = [record for record in runs["linear"] if record.survival[-1] == 0.5]
     for group, name, kind_ in ((runs[CONSTANT], CONSTANT, CONSTANT), (halved, "linear, $p_L$ = 0.5", STOCHASTIC)):
         style = dict(linestyle=LINES[kind_], marker=MARKERS[kind_])
-        _draw_errors(right, group, lambda record: record.depth, name, COLORS[kind_], **style)
+        _draw_errors(right, group, lambda record: record.options.depth, name, COLORS[kind_], **style)
     right.set_xlabel("layers")
     for axes in (left, right):
         axes.set_ylabel("test error (%)")

@@ -138,8 +138,7 @@ def model_card(record: Record, network: CifarResNet, name: str, address: str | N
             else "no block is dropped"
         ),
         regularizers=record.regularizers,
-        registered=record.depth in DEPTHS,
-        depth=record.depth,
+        registered=options.depth in DEPTHS,
         precision=PRECISIONS[record.mixed_precision],
         environments=record.environments,
         command=record.command,

@@ -11,7 +11,7 @@ from typing import Any, get_args, get_type_hints
 import timm
 from torch import nn
 
-from .cifar_resnet import register_depth
+from .cifar_resnet import is_depth, register_depth
 from .command_line import path
 from .errors import UserError
 from .paper import PROTOCOLS
@@ -29,7 +29,7 @@ ALPHA = (lambda value: value == 0 or 1e-6 <= value <= 1e6, "0, or in [1e-6, 1e6]
 def is_model(name: str) -> bool:
     """Whether a name is that of a CIFAR ResNet, registered or not."""
     match = re.fullmatch(r"cifar_resnet([1-9][0-9]{,4})(_sd)?", name)
-    return match is not None and int(match[1]) >= 8 and int(match[1]) % 6 == 2
+    return match is not None and is_depth(int(match[1]))
 
 
 def schedule(text: str) -> str | tuple[float, ...]:
@@ -156,7 +156,7 @@ class Options:
 
     @property
     def depth(self) -> int:
-        """The network's layers with weights."""
+        """The network's layers with weights, 2L + 2."""
         return int(re.search(r"[0-9]+", self.model)[0])
 
     def create_model(self, device: str | None = None) -> nn.Module:

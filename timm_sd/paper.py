@@ -31,13 +31,12 @@ PROTOCOLS = {
 # Test error in percent, and who reports it: by depth, constant or stochastic (linear decay to p_L = 0.5), and data set.
 HUANG, HE, ZOO = "Huang et al.", "He et al.", "pytorch-cifar-models"
 PUBLISHED = {
-    # At the best validation error: Figure 3, Table 1 and section 4.
+    # At the best validation error: Figure 3, Table 1 and section 4; SVHN from the README of their code.
     (110, "constant", "cifar10"): (6.41, HUANG),
     (110, "stochastic", "cifar10"): (5.25, HUANG),
     (1202, "stochastic", "cifar10"): (4.91, HUANG),
     (110, "constant", "cifar100"): (27.22, HUANG),
     (110, "stochastic", "cifar100"): (24.58, HUANG),
-    (152, "constant", "svhn"): (1.80, HUANG),
     (152, "stochastic", "svhn"): (1.75, HUANG),
     # arXiv:1512.03385, Table 6.
     (20, "constant", "cifar10"): (8.75, HE),

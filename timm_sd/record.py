@@ -122,24 +122,14 @@ class Record:
         return paper.PROTOCOLS[self.options.dataset]
 
     @property
-    def images(self) -> int:
-        """Training images per epoch."""
-        return self.protocol.training_images
-
-    @property
     def steps(self) -> int:
         """Steps per epoch."""
-        return math.ceil(self.images / self.options.batch_size)
+        return math.ceil(self.protocol.training_images / self.options.batch_size)
 
     @cached_property
     def survival(self) -> list[float]:
         """The survival probabilities p_1..p_L."""
         return [gate.survival for gate in gates(self.options.create_model(device="meta"))]
-
-    @property
-    def depth(self) -> int:
-        """The network's layers with weights, 2L + 2."""
-        return self.options.depth
 
     @property
     def stochastic(self) -> bool:
@@ -163,7 +153,7 @@ class Record:
         """Everything that defines the run: runs with equal traits are the same."""
         names = [name for name in BOUND_OPTIONS if name not in ("model", "drop_path", "drop_path_schedule")]
         return dict(
-            depth=self.depth,
+            depth=self.options.depth,
             p_L=self.survival[-1],
             drop_path_schedule=self.options.drop_path_schedule if self.stochastic else None,
             **{name: getattr(self.options, name) for name in names},
@@ -176,7 +166,7 @@ class Record:
         if self.stochastic and (self.survival[-1] != 0.5 or self.options.drop_path_schedule != "linear"):
             return None
         trained = "stochastic" if self.stochastic else "constant"
-        return paper.PUBLISHED.get((self.depth, trained, self.options.dataset))
+        return paper.PUBLISHED.get((self.options.depth, trained, self.options.dataset))
 
     @property
     def command(self) -> str:

@@ -4,8 +4,6 @@ Everything random is drawn on the CPU for the whole batch, as a function of (see
 part. So a run sees the same images, labels and dropout on any device, with any number of processes, and after resuming.
 """
 
-from itertools import compress
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -62,16 +60,3 @@ class Regularization:
             self.mask = F.dropout(torch.ones(len(images), self.features), self.dropout)[part]
             self.mask = self.mask.to(images.device, non_blocking=True)
         return images[part].contiguous(memory_format=torch.channels_last), labels[part]
-
-
-@torch.no_grad()
-def update_average(average: nn.Module, network: nn.Module, decay: float) -> None:
-    """One step of the exponential moving average of a network's weights and running statistics, in place.
-
-    `average` is a copy of the network: average = decay * average + (1 - decay) * network.
-    """
-    tensors, news = ([*module.parameters(), *module.buffers()] for module in (average, network))
-    is_real = [tensor.is_floating_point() for tensor in tensors]
-    is_count = [not real for real in is_real]  # batch normalization's counters
-    torch._foreach_lerp_(list(compress(tensors, is_real)), list(compress(news, is_real)), 1 - decay)
-    torch._foreach_copy_(list(compress(tensors, is_count)), list(compress(news, is_count)))

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, DynamoBackend, broadcast, set_seed
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -27,7 +28,7 @@ from .metrics import SUMS
 from .options import Options
 from .paper import PROTOCOLS
 from .processes import mean_in_order, on_all_processes, on_main_process
-from .regularization import Regularization, update_average
+from .regularization import Regularization
 from .run_folder import Progress, RunFolder, summarize
 
 ONE_CYCLE_RISE = 0.2  # fraction of all steps
@@ -108,7 +109,13 @@ class Run:
 
         network = create_network(options)
         # What is evaluated and saved: the network, or its moving average, without anything that training adds to it.
-        self.plain = copy.deepcopy(network).to(accelerator.device)
+        if options.ema_decay:
+            # One tensor at a time, since the state dict's entries `survival` are on the CPU.
+            self.average = ModelEmaV3(network, options.ema_decay, foreach=False).to(accelerator.device)
+            self.plain = self.average.module
+        else:
+            self.average = None
+            self.plain = copy.deepcopy(network).to(accelerator.device)
         self.regularize = Regularization(options, network, accelerator.device)
         network.set_grad_checkpointing(options.grad_checkpointing)
         if options.sync_bn:
@@ -136,7 +143,7 @@ class Run:
             torch.backends.cudnn.benchmark = True  # every batch but the last has the same shape
 
         # A checkpoint has the plain network's keys, so that a run can resume in other wrappers.
-        checkpointed = [network, self.plain] if options.ema_decay else [network]
+        checkpointed = [network] if self.average is None else [network, self.plain]
 
         def save_unwrapped(models: list[nn.Module], weights: list[dict], folder: str) -> None:
             weights[:] = [model.state_dict() for model in checkpointed]
@@ -220,8 +227,8 @@ class Run:
             # DDP averages gradients over the processes. This makes them the mean over the batch, however it is split.
             self.accelerator.backward(loss * (processes / batch_size))
         self.optimizer.step()
-        if self.options.ema_decay:
-            update_average(self.plain, self.network, self.options.ema_decay)
+        if self.average is not None:
+            self.average.update(self.network)
         with torch.no_grad():
             likeliest = labels.argmax(1) if labels.ndim == 2 else labels
             sums = dict(
@@ -281,7 +288,7 @@ class Run:
 
     def evaluate(self) -> dict[str, float]:
         """The current network's validation and test error, in percent."""
-        if not self.options.ema_decay:
+        if self.average is None:
             self.plain.load_state_dict(self.network.state_dict())
         broadcast(list(self.plain.buffers()))  # the first process's running statistics are the network's
         parts = {"validation_error": self.validation_set, "test_error": self.test_set}
