@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from timm_sd import data, evaluation, training
 from timm_sd.evaluation import evaluate
+from timm_sd.labels import SYNTHETIC_LABELS
 from timm_sd.options import Options
 
 
@@ -55,7 +56,7 @@ def test_a_runs_weights_have_its_errors(command, run):
         assert f"{split} images of synthetic" in last
         assert f"top-1 error {metrics[f'{split}_error']:.2f}%" in last
         rows = [row.rsplit(maxsplit=3) for row in table[1:]]
-        assert [row[0].strip() for row in rows] == list(data.SHAPES)
+        assert [row[0].strip() for row in rows] == list(SYNTHETIC_LABELS)
         assert sum(int(row[1]) for row in rows) == size
         assert sum(int(row[2]) for row in rows) == pytest.approx(metrics[f"{split}_error"] * size / 100)
 

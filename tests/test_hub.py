@@ -385,8 +385,8 @@ def test_given_probabilities_regularizers_and_any_depth_are_published(
     assert card.name == ("cifar_resnet26.e1_label-smoothing_random-erasing_mixup_cutmix_dropout_ema-decay_synthetic")
     text = (card / "README.md").read_text()
     assert "\ntimm_sd.register_depth(26)\n" in text
-    assert "label smoothing 0.1 (paper: none); random erasing with probability 0.5 (paper: none); mixup with" in text
-    assert f"given survival probabilities with p_L = {last:g}; label smoothing 0.1; random erasing with" in text
+    assert "label smoothing 0.1 (paper: none); random erasing 0.5 (paper: none); mixup 0.4 (paper: none);" in text
+    assert f"given survival probabilities with p_L = {last:g}; label smoothing 0.1; random erasing 0.5;" in text
     assert f"--drop-path-schedule {','.join(map(str, survival))} --label-smoothing 0.1" in text
     network = timm.create_model(f"local-dir:{tmp_path / 'run' / 'hub'}", pretrained=True)
     assert [gate.survival for gate in gates(network)] == list(survival)
@@ -442,12 +442,15 @@ def cut_metrics(run):
     (run / "metrics.jsonl").write_text(lines[0] + "\n")
 
 
+CHANGED = r"run has changed since the run finished \(metrics, weights or summary\): train.py --resume restores it"
+
+
 @pytest.mark.parametrize(
     ("break_", "message"),
     [
         (
             tamper,
-            r"run/model.safetensors has changed since the run finished \(.*\): train.py --resume restores it",
+            CHANGED,
         ),
         (truncate, r"run/model.safetensors is not a valid safetensors file \(.*\)"),
         (
@@ -455,14 +458,21 @@ def cut_metrics(run):
             r"run/model.safetensors cannot be loaded as .*: the weights are those of a cifar_resnet32, .*",
         ),
         (cut_metrics, r"run is unfinished \(1 of 2 epochs\): train.py --resume finishes it"),
-        (improve_metrics, r"run/summary.json and .*run/metrics.jsonl disagree: train.py --resume restores them"),
+        (
+            improve_metrics,
+            CHANGED,
+        ),
         (lambda run: (run / "metrics.jsonl").write_text("{"), r"run/metrics.jsonl is damaged \(.*\): .*"),
         (lambda run: (run / "summary.json").unlink(), r"run is unfinished \(no summary.json\): .*"),
         (
             lambda run: (run / "model.safetensors").unlink(),
             r"run/model.safetensors is missing: pass a run or a file with weights",
         ),
-        (lambda run: (run / "summary.json").write_text("[]"), r"run/summary.json is damaged: train.py --resume .*"),
+        (
+            lambda run: (run / "summary.json").write_text("[]"),
+            CHANGED,
+        ),
+        (lambda run: (run / "summary.json").write_text("["), r"run/summary.json is damaged: train.py --resume .*"),
         (
             lambda run: (run / "config.json").unlink(),
             r"run has no run: its config.json is missing, damaged or not .*",
@@ -502,7 +512,9 @@ def test_one_at_a_time(publish, hub, run):
     with FileLock(run / "lock"):
         status, _, err = publish()
     assert status == 1
-    assert err == f"publish.py: another process is training or publishing in {run}: publish when it has finished\n"
+    assert (
+        err == f"publish.py: another process is training or publishing in {run}: wait for it or choose another folder\n"
+    )
     assert hub.requests == []
     assert not (run / "hub").exists()
     assert publish()[0] == 0

@@ -355,9 +355,7 @@ def test_a_folder_belongs_to_one_process(two_checkpoints, tmp_path):
     holder = run_folder.RunFolder(run)
     holder.lock.acquire()
     for resume in (False, True):
-        with pytest.raises(
-            UserError, match=f"another process is training or publishing in {run}: choose another --output"
-        ):
+        with pytest.raises(UserError, match=f"another process is training or publishing in {run}: wait for it or"):
             training.train(options_for(run, resume=resume))
     holder.close()
     assert content_of(run) == before
@@ -392,7 +390,7 @@ def test_a_home_folder_that_the_shell_has_left(tmp_path, monkeypatch):
 
 def test_no_lack_of_room(tmp_path):
     (tmp_path / "checkpoints").write_text("")
-    with pytest.raises(UserError, match=r"\(Not a directory\): choose another --output;"):
+    with pytest.raises(UserError, match=r"\(Not a directory\): free up space or choose another --output;"):
         training.train(options_for(tmp_path))
 
 

@@ -287,8 +287,12 @@ def _check_head(num_classes: int, global_pool: str) -> None:
     check_choice("global_pool", global_pool, POOLINGS)
 
 
-def _cfg(**kwargs) -> dict:
+def _cfg(label_names: Sequence[str], mean: tuple[float, ...], std: tuple[float, ...]) -> dict:
     return dict(
+        num_classes=len(label_names),
+        label_names=label_names,
+        mean=mean,
+        std=std,
         input_size=(3, 32, 32),
         pool_size=(8, 8),
         crop_pct=1.0,
@@ -298,30 +302,14 @@ def _cfg(**kwargs) -> dict:
         license="apache-2.0",
         paper_name="Deep Networks with Stochastic Depth",
         paper_ids="arXiv:1603.09382",
-        **kwargs,
     )
 
 
 # Mean and standard deviation per channel of all the images to learn from: CIFAR's 50,000, SVHN's train and extra.
 DATA_CONFIGURATIONS = {
-    "cifar10": _cfg(
-        num_classes=10,
-        label_names=CIFAR10_LABELS,
-        mean=(0.4914, 0.4822, 0.4465),
-        std=(0.2470, 0.2435, 0.2616),
-    ),
-    "cifar100": _cfg(
-        num_classes=100,
-        label_names=CIFAR100_LABELS,
-        mean=(0.5071, 0.4865, 0.4409),
-        std=(0.2673, 0.2564, 0.2762),
-    ),
-    "svhn": _cfg(
-        num_classes=10,
-        label_names=SVHN_LABELS,
-        mean=(0.4309, 0.4302, 0.4463),
-        std=(0.1965, 0.1983, 0.1994),
-    ),
+    "cifar10": _cfg(CIFAR10_LABELS, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": _cfg(CIFAR100_LABELS, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "svhn": _cfg(SVHN_LABELS, (0.4309, 0.4302, 0.4463), (0.1965, 0.1983, 0.1994)),
 }
 DEPTHS = (20, 32, 44, 56, 110, 152, 1202)
 

@@ -21,18 +21,6 @@ from .paper import PROTOCOLS
 MAX_SHIFT = 4
 SVHN_TRAIN = 73_257  # images of the part "train"; "extra" comes after it
 SVHN_HELD_OUT = (400, 200)  # images of each digit for validation, from "train" and from "extra"
-SHAPES = (
-    "disc",
-    "ring",
-    "square",
-    "frame",
-    "triangle up",
-    "triangle down",
-    "cross",
-    "diagonal cross",
-    "horizontal stripes",
-    "vertical stripes",
-)
 
 
 @dataclass(frozen=True)
@@ -92,7 +80,7 @@ def load(dataset: str, data_dir: Path, download: bool = False) -> tuple[ImageSet
 def draw_shapes(num_images: int, seed: int) -> ImageSet:
     """A learnable stand-in for CIFAR-10: 32x32 images of ten shapes, with random position, size, colors and noise.
 
-    The classes are `SHAPES`. All are symmetric, so flips keep the class.
+    The classes are `SYNTHETIC_LABELS`. All are symmetric, so flips keep the class.
     """
     random = np.random.default_rng(seed)
     labels = np.arange(num_images) % 10

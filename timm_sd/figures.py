@@ -4,6 +4,7 @@ Runs are compared in groups, "constant depth" and "stochastic depth" or just one
 only in their seed. Several are drawn as their mean and a band from the lowest to the highest.
 """
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from io import BytesIO
@@ -166,7 +167,8 @@ def drawn_gates(record: Record) -> np.ndarray:
 
     Raises UserError if their number differs from the run's log.
     """
-    epochs, steps = record.options.epochs, record.steps
+    epochs = record.options.epochs
+    steps = math.ceil(record.protocol.training_images / record.options.batch_size)
     gates = [draw_gates(record.survival, record.options.seed, step).numpy() for step in range(epochs * steps)]
     gates = np.array(gates).reshape(epochs, steps, -1)
     if not np.allclose(gates.sum(2).mean(1), curves([record], "active_blocks")[0]):

@@ -4,9 +4,28 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+from safetensors import SafetensorError
+
+from .errors import UserError
+
 SUMS_FILE = "SHA256SUMS"  # as `sha256sum *` writes it
+
+
+@contextmanager
+def writing(folder: Path, way_out: str) -> Iterator[None]:
+    """Turn what libraries raise if they cannot write to a folder into a UserError."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", ()))):  # since torch 2.8
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot write to {folder} ({reason}): {way_out}") from error
 
 
 def write(file: Path, content: bytes) -> None:

@@ -7,16 +7,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from filelock import Timeout
 from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
-from safetensors import SafetensorError
 from timm.models._hub import save_for_hf
 
-from . import __version__, data, figures
+from . import __version__, figures
 from .errors import UserError, one_line
-from .files import sha256, write_json
+from .files import sha256, write_json, writing
+from .labels import SYNTHETIC_LABELS
 from .model_card import model_card
 from .options import BOUND_OPTIONS
 from .pretrained import WEIGHTS_FILE, load_weights
@@ -25,42 +24,22 @@ from .run_folder import RunFolder, read_summary, write_metrics
 from .training import create_network
 
 
-@contextmanager
-def locked(run: Path) -> Iterator[None]:
-    """Within the context, no other process trains or publishes in a run's folder. Raises UserError if one does now."""
-    lock = RunFolder(run).lock
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise UserError(f"another process is training or publishing in {run}: publish when it has finished") from error
-    except (OSError, NotImplementedError) as error:  # the latter for file systems without locks
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"cannot write to {run} ({reason}): solve that and publish again") from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def make_folder(run: Path, name: str, address: str | None = None) -> Path:
     """Make the folder `hub` in a finished run's folder: a timm Hub repository called `name`, and itself a run's folder.
 
     `address` is its future address on the Hub, NAMESPACE/NAME or NAMESPACE/NAME@REVISION, for the model card.
 
     The folder is a function of the run's files, to the byte with the same Matplotlib version. Raises UserError if the
-    run has not finished or its weights have changed since; an existing `hub` folder is then left as it was. Call it
-    within `locked`.
+    run has not finished or has changed since; an existing `hub` folder is then left as it was. Lock the run's folder
+    before.
     """
     record, files, summary = Record.read(run), RunFolder(run), read_summary(run)
-    digest = summary["sha256"]
-    if summary != record.summary | {"sha256": digest}:
-        raise UserError(f"{files.summary} and {files.metrics} disagree: train.py --resume restores them")
     options = record.options
     network = create_network(options).to(memory_format=torch.contiguous_format)
     load_weights(network, files.weights, options.data_tag)
-    if sha256(files.weights) != digest:
+    if summary != record.summary | {"sha256": sha256(files.weights)}:
         raise UserError(
-            f"{files.weights} has changed since the run finished (SHA-256 mismatch): train.py --resume restores it"
+            f"{run} has changed since the run finished (metrics, weights or summary): train.py --resume restores it"
         )
     # Options that do not affect the weights, such as local paths, are not published.
     asked = {name: getattr(options, name) for name in BOUND_OPTIONS} | {"mixed_precision": record.mixed_precision}
@@ -68,48 +47,41 @@ def make_folder(run: Path, name: str, address: str | None = None) -> Path:
         rate = options.drop_path
     else:
         rate = 0.0 if record.schedule == "given" else 1 - record.survival[-1]
-    labels = {"label_names": data.SHAPES} if options.dataset == "synthetic" else {}
+    labels = {"label_names": SYNTHETIC_LABELS} if options.dataset == "synthetic" else {}
 
     folder, partial, old = run / "hub", run / "hub.partial", run / "hub.old"
-    shutil.rmtree(partial, ignore_errors=True)
     try:
-        save_for_hf(
-            network,
-            partial,
-            model_config=dict(options=asked, environments=record.environments, **labels),
-            model_args=dict(
-                drop_path_rate=rate,
-                drop_path_schedule=options.drop_path_schedule,
-                drop_path_mode="batch",
-            ),
-            safe_serialization=True,
-        )
-        write_metrics(partial / files.metrics.name, record.history)
-        write_json(partial / files.summary.name, summary)
-        figures.save(figures.learning_curves({figures.kind(record): [record]}), partial / "curve.png")
-        model_card(record, network, name, address, digest).save(partial / "README.md")
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            folder.rename(old)
-        partial.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
+        with writing(run, "solve that and publish again"):
+            shutil.rmtree(partial, ignore_errors=True)
+            save_for_hf(
+                network,
+                partial,
+                model_config=dict(options=asked, environments=record.environments, **labels),
+                model_args=dict(
+                    drop_path_rate=rate, drop_path_schedule=options.drop_path_schedule, drop_path_mode="batch"
+                ),
+                safe_serialization=True,
+            )
+            write_metrics(partial / files.metrics.name, record.history)
+            write_json(partial / files.summary.name, summary)
+            figures.save(figures.learning_curves({figures.kind(record): [record]}), partial / "curve.png")
+            model_card(record, network, name, address, summary["sha256"]).save(partial / "README.md")
+            shutil.rmtree(old, ignore_errors=True)
+            if folder.exists():
+                folder.rename(old)
+            partial.rename(folder)
+    finally:
         if old.exists() and not folder.exists():
             old.rename(folder)
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"cannot write to {run} ({reason}): solve that and publish again") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        for leftover in (partial, old):
+            shutil.rmtree(leftover, ignore_errors=True)
     return folder
 
 
 def keep_card(folder: Path, cards: Path) -> None:
     """Copy a repository's folder, without the weights, to be kept under version control. Raises UserError."""
-    try:
+    with writing(cards, f"copy {folder} there, without its weights"):
         shutil.copytree(folder, cards, dirs_exist_ok=True, ignore=shutil.ignore_patterns(WEIGHTS_FILE))
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"cannot write to {cards} ({reason}): copy {folder} there, without its weights") from error
 
 
 def check_address(repo_id: str, revision: str | None) -> None:
@@ -167,8 +139,6 @@ def _as_user_errors(repo_id: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except OfflineModeIsEnabled as error:
-        raise UserError(f"{failed} because HF_HUB_OFFLINE is set: unset it") from error
     except Exception as error:  # of any type: the client does not validate the Hub's responses
         # Upload errors arrive as the cause of a RuntimeError.
         if isinstance(error, RuntimeError) and error.__cause__ is not None:

@@ -1,4 +1,4 @@
-"""Class names of CIFAR-10, CIFAR-100 and SVHN, in the order of their labels."""
+"""Class names of the data sets, in the order of their labels."""
 
 CIFAR10_LABELS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -15,3 +15,9 @@ CIFAR100_LABELS = tuple(
 )
 
 SVHN_LABELS = tuple("0123456789")
+
+SYNTHETIC_LABELS = tuple(
+    """
+    disc ring square frame triangle_up triangle_down cross diagonal_cross horizontal_stripes vertical_stripes
+    """.split()
+)

@@ -8,7 +8,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from . import pretrained
 from .cifar_resnet import DEPTHS, CifarResNet
 from .files import read_sums
-from .options import Options
+from .options import GROUPS, RUN, Options
 from .record import Record
 
 TEMPLATE = Path(__file__).parent / "model_card.md.jinja"
@@ -25,19 +25,12 @@ PRECISIONS = {"no": "float32", "bf16": "bfloat16 (autocast)"}
 def deviations(record: Record) -> list[str]:
     """Where this run deviates from the paper's protocol, apart from what docs/method.md lists for all runs."""
     ours = record.options
-    names = {
-        "epochs": "epochs",
-        "batch_size": "batch size",
-        "lr": "learning rate",
-        "lr_schedule": "learning rate schedule",
-        "weight_decay": "weight decay",
-    }
     theirs = Options(ours.model, ours.dataset)
-    found = [
-        f"{words} {getattr(ours, name)} (paper: {getattr(theirs, name)})"
-        for name, words in names.items()
-        if name in ours.changed
-    ]
+    found = []
+    for name in ours.changed:
+        if GROUPS[name] == RUN and not name.startswith("drop_path"):
+            words = name.replace("lr", "learning rate").replace("_", " ")
+            found.append(f"{words} {getattr(ours, name)} (paper: {getattr(theirs, name)})")
     found += [f"{regularizer} (paper: none)" for regularizer in record.regularizers]
     if record.stochastic and record.survival[-1] != 0.5:
         found.append(f"p_L {record.survival[-1]:g} (paper: 0.5)")
@@ -116,9 +109,8 @@ def model_card(record: Record, network: CifarResNet, name: str, address: str | N
             f"**{best['test_error']:.2f}% test error on {dataset}** at the best validation error ({comparison}), from"
             f" one run of {options.epochs} epochs with seed {options.seed}."
         ),
+        record=record,
         deviations=deviations(record),
-        options=options,
-        stochastic=record.stochastic,
         parameters=sum(parameter.numel() for parameter in network.parameters()),
         classes=network.num_classes,
         address=address,
@@ -126,23 +118,17 @@ def model_card(record: Record, network: CifarResNet, name: str, address: str | N
         packaged=read_sums(pretrained.WEIGHTS).get(f"{options.weights_tag}.safetensors") == sha256,
         dataset=dataset,
         hub_dataset=hub_dataset,
-        best=best,
-        last=record.last,
         published=f"{published:.2f}%" if published else "",
         source=source,
-        protocol=record.protocol,
         schedule=schedule_in_words(record),
         survival=(
             f"{record.schedule} survival probabilities with p_L = {record.survival[-1]:g}"
             if record.stochastic
             else "no block is dropped"
         ),
-        regularizers=record.regularizers,
         registered=options.depth in DEPTHS,
         precision=PRECISIONS[record.mixed_precision],
-        environments=record.environments,
-        command=record.command,
         cores=where["processes"] * where["threads"] if record.environments == [where] and on_cpu else None,
-        duration=str(timedelta(seconds=round(record.seconds))),
+        duration=str(timedelta(seconds=round(record.summary["seconds"]))),
         plain=options.model.removesuffix("_sd"),
     )

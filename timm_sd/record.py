@@ -1,6 +1,5 @@
 """A finished run, read from its folder's config.json and metrics.jsonl alone."""
 
-import math
 import re
 import shlex
 from dataclasses import dataclass
@@ -10,21 +9,13 @@ from pathlib import Path
 from . import paper
 from .errors import UserError
 from .gate import gates
-from .options import BOUND_OPTIONS, Options, flag
+from .options import BOUND_OPTIONS, GROUPS, REGULARIZATION, Options, flag
 from .run_folder import Progress, RunFolder, read_config, summarize
 
 # The entries of every environment. (Earlier versions did not record NumPy.)
 COUNTS = ("processes", "threads")
 WORDS = ("device", "processor", "dynamo_backend", "timm_sd", "python", "torch", "torchvision", "timm", "accelerate")
 OPTIONAL_WORDS = ("git_commit", "numpy", "since")
-REGULARIZERS = {
-    "label_smoothing": "label smoothing",
-    "random_erasing": "random erasing with probability",
-    "mixup": "mixup with alpha",
-    "cutmix": "CutMix with alpha",
-    "dropout": "dropout before the classifier with probability",
-    "ema_decay": "moving average of the weights with decay",
-}
 
 
 def read_options(path: Path) -> Options:
@@ -32,12 +23,9 @@ def read_options(path: Path) -> Options:
 
     Raises UserError if the folder contains no run, or one from another version of this package.
     """
-    return _options(path, read_config(path))
-
-
-def _options(path: Path, config: dict) -> Options:
+    options = read_config(path)["options"]
     try:
-        values = {name: config["options"][name] for name in BOUND_OPTIONS}
+        values = {name: options[name] for name in BOUND_OPTIONS}
         return Options(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
     except KeyError as error:
         raise UserError(f"{path / 'config.json'} is from another version or damaged: no option {error}") from error
@@ -76,8 +64,7 @@ class Record:
     @classmethod
     def read(cls, path: Path) -> "Record":
         """The run in a folder. Raises UserError if there is none, or it is unfinished or damaged."""
-        config = read_config(path)
-        options = _options(path, config)
+        config, options = read_config(path), read_options(path)
         for where in config["environments"]:
             _check_environment(path, where)
         precision = config["options"].get("mixed_precision")
@@ -112,19 +99,9 @@ class Record:
         return summarize(self.options, self.history)
 
     @property
-    def seconds(self) -> float:
-        """The time of all epochs, evaluation included."""
-        return self.summary["seconds"]
-
-    @property
     def protocol(self) -> paper.Protocol:
         """How the authors use the data set."""
         return paper.PROTOCOLS[self.options.dataset]
-
-    @property
-    def steps(self) -> int:
-        """Steps per epoch."""
-        return math.ceil(self.protocol.training_images / self.options.batch_size)
 
     @cached_property
     def survival(self) -> list[float]:
@@ -144,9 +121,9 @@ class Record:
 
     @property
     def regularizers(self) -> list[str]:
-        """Those other than stochastic depth, in words."""
-        changed = [name for name in REGULARIZERS if name in self.options.changed]
-        return [f"{REGULARIZERS[name]} {getattr(self.options, name):g}" for name in changed]
+        """Those other than stochastic depth, with their strength."""
+        names = [name for name in self.options.changed if GROUPS[name] == REGULARIZATION]
+        return [f"{name.replace('_', ' ')} {getattr(self.options, name):g}" for name in names]
 
     @property
     def traits(self) -> dict[str, object]:

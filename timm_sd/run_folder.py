@@ -12,32 +12,28 @@ files. The files next to it are copies for the reader. Resuming rewrites them, s
 lost.
 """
 
-import errno
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
 from .errors import UserError
-from .files import check_sums, parse_json, read_json, sha256, sync, write, write_json, write_sums
+from .files import check_sums, parse_json, read_json, sha256, sync, write, write_json, write_sums, writing
 from .metrics import SUMS, check_metrics
-from .options import BOUND_OPTIONS, GROUPS, REGULARIZATION, Options
+from .options import BOUND_OPTIONS, Options
 
 BEST_FILE = "best.safetensors"
 CONFIG_FILE = "config.json"
 PROGRESS_FILE = "progress.json"
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+WAY_OUT = "free up space or choose another --output; existing checkpoints are intact, and --resume continues from them"
 
 
 def write_metrics(file: Path, history: list[dict[str, float]]) -> None:
@@ -105,20 +101,25 @@ class RunFolder:
         self.configuration: dict = {}
         self.last: Path | None = None  # the newest checkpoint, if any
 
-    def open(self, options: dict, environment: dict, resume: bool) -> tuple[Progress, str]:
-        """Lock the folder until `close`, and start a run in it or, with `resume`, continue the existing one.
-
-        Returns its progress, and in words how the environment differs from the previous one. `last` is then the
-        checkpoint to load, None for a new run. An existing run is never touched without `resume` or with other options.
-        """
-        with self._writing():
-            self.path.mkdir(parents=True, exist_ok=True)
+    def acquire(self) -> None:
+        """Lock the folder until `close`, so that only one process at a time trains or publishes in it."""
+        with writing(self.path, "a run's folder must be writable and support locks"):
             try:
                 self.lock.acquire(timeout=0)
             except Timeout as error:
                 raise UserError(
-                    f"another process is training or publishing in {self.path}: choose another --output"
+                    f"another process is training or publishing in {self.path}: wait for it or choose another folder"
                 ) from error
+
+    def open(self, options: dict, environment: dict, resume: bool) -> tuple[Progress, str, Path | None]:
+        """Lock the folder until `close`, and start a run in it or, with `resume`, continue the existing one.
+
+        Returns its progress, in words how the environment differs from the previous one, and the checkpoint to load,
+        None for a new run. An existing run is never touched without `resume` or with other options.
+        """
+        with writing(self.path, WAY_OUT):
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.acquire()
             everything = self._all_checkpoints()
             if not everything or not resume:
                 if everything or self.metrics.exists() or self.weights.exists():
@@ -126,7 +127,7 @@ class RunFolder:
                     raise UserError(f"{self.path} already has a run: {way_out}choose another --output")
                 self.configuration = {"options": options, "environments": [environment]}
                 write_json(self.config, self.configuration)
-                return Progress(), ""
+                return Progress(), "", None
 
         self.last = everything[-1]
         self.configuration, progress = self._read(self.last)
@@ -134,11 +135,11 @@ class RunFolder:
         if differing := _differences(self.configuration["options"], bound):
             raise UserError(f"{self.path} has a run with different options ({differing}): choose another --output")
         if progress.epoch > options["epochs"]:  # finished: it takes no step here
-            return progress, ""
+            return progress, "", self.last
         environments = self.configuration["environments"]
         if differing := _differences(environments[-1], environment):
             environments.append(environment | {"since": self.last.name})
-        return progress, differing
+        return progress, differing, self.last
 
     def close(self) -> None:
         """Unlock the folder."""
@@ -162,7 +163,7 @@ class RunFolder:
         if checkpoint == self.last:  # a run that was resumed and stopped before another step
             return
         partial = self.checkpoints / "partial"
-        with self._writing():
+        with writing(self.path, WAY_OUT):
             try:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
@@ -195,7 +196,7 @@ class RunFolder:
 
     def finish(self, summary: dict) -> None:
         """Write the result of the run, including the SHA-256 of its weights."""
-        with self._writing():
+        with writing(self.path, WAY_OUT):
             write_json(self.summary, summary | {"sha256": sha256(self.weights)})
 
     def read_metrics(self) -> list[dict[str, float]]:
@@ -247,30 +248,11 @@ class RunFolder:
 
     def lay_out(self, progress: Progress) -> None:
         """Make config.json, metrics.jsonl and model.safetensors agree with the last checkpoint."""
-        with self._writing():
+        with writing(self.path, WAY_OUT):
             write_json(self.config, self.configuration)
             if progress.history:
                 write_metrics(self.metrics, progress.history)
                 write(self.weights, (self.last / BEST_FILE).read_bytes())
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, RuntimeError, SafetensorError) as error:
-            if isinstance(error, (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", ()))):  # since torch 2.8
-                raise
-            if isinstance(error, OSError):
-                reason = error.strerror
-                no_room = error.errno in NO_ROOM
-            else:  # from safetensors, or from torch.save, which does not give the reason
-                reason = str(error) if isinstance(error, SafetensorError) else "the disk may be full"
-                no_room = True
-            way_out = "free up space or choose another --output" if no_room else "choose another --output"
-            raise UserError(
-                f"cannot write to {self.path} ({reason}): {way_out};"
-                " existing checkpoints are intact, and --resume continues from them"
-            ) from error
 
 
 def read_config(path: Path) -> dict:
@@ -280,10 +262,6 @@ def read_config(path: Path) -> dict:
         if not isinstance(config["options"], dict) or not all(isinstance(it, dict) for it in config["environments"]):
             raise TypeError
         config["environments"][0]
-        # Earlier versions had no regularizers, which are off by default.
-        for name, group in GROUPS.items():
-            if group == REGULARIZATION:
-                config["options"].setdefault(name, getattr(Options, name))
         return config
     except (OSError, ValueError, TypeError, LookupError) as error:
         raise UserError(f"{path} has no run: its config.json is missing, damaged or not from a run") from error
@@ -292,13 +270,10 @@ def read_config(path: Path) -> dict:
 def read_summary(path: Path) -> dict:
     """A finished run's summary.json. Raises UserError if it is missing (the run is unfinished) or damaged."""
     try:
-        summary = read_json(path / "summary.json")
-        if not isinstance(summary["sha256"], str):
-            raise TypeError
-        return summary
+        return read_json(path / "summary.json")
     except FileNotFoundError as error:
         raise UserError(f"{path} is unfinished (no summary.json): train.py --resume finishes it") from error
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path / 'summary.json'} is damaged: train.py --resume rewrites it") from error
 
 

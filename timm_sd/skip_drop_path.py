@@ -152,6 +152,11 @@ def _refuse_batch_norm(name: str, block: nn.Module, plan: "Plan") -> None:
 # Tracing
 
 
+def _in_place(operation: Callable) -> Callable:
+    """A method of `_Proxy` that records an operation as it is."""
+    return lambda x, y: x.tracer.create_proxy("call_function", operation, (x, y), {})
+
+
 class _Proxy(fx.Proxy):
     """Stands for a tensor, and passes for one if a forward method checks."""
 
@@ -159,17 +164,9 @@ class _Proxy(fx.Proxy):
     _is_param = False
 
     # fx.Proxy would turn `x += y` into an addition, and lose that x is modified.
-    def __iadd__(self, other: object) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
-
-    def __isub__(self, other: object) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", operator.isub, (self, other), {})
-
-    def __imul__(self, other: object) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", operator.imul, (self, other), {})
-
-    def __itruediv__(self, other: object) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", operator.itruediv, (self, other), {})
+    __iadd__, __isub__, __imul__, __itruediv__ = map(
+        _in_place, (operator.iadd, operator.isub, operator.imul, operator.itruediv)
+    )
 
 
 _reads: list[tuple[nn.Module, str]] = []
@@ -307,10 +304,6 @@ class Plan:
     calls: list[Call] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
     function: Callable[..., Tensor] | None = None
-
-    @property
-    def drop_paths(self) -> list[str]:
-        return [call.drop_path for call in self.calls]
 
     def fits(self, block: nn.Module, arguments: tuple) -> bool:
         if self.arguments != arguments:
@@ -684,7 +677,7 @@ class _Skipping:
         """Add a plan for a new kind of call; if it cannot be rewritten, one without a function, with a warning."""
         try:
             plan = _plan(self, args, kwargs)
-            if plan.drop_paths != [gate.name for gate in self.drop_path_gates]:
+            if [call.drop_path for call in plan.calls] != [gate.name for gate in self.drop_path_gates]:
                 plan.function = None
                 reason = "this call uses other DropPaths"
         except CannotSkipError as error:

@@ -160,10 +160,8 @@ class Run:
         configuration["mixed_precision"] = self.accelerator.mixed_precision
         here = machine.environment(self.accelerator)
 
-        def open_folder() -> tuple:
-            return *self.folder.open(configuration, here, self.options.resume), self.folder.last
-
-        self.progress, differing, checkpoint = on_main_process(open_folder)
+        opened = on_main_process(lambda: self.folder.open(configuration, here, self.options.resume))
+        self.progress, differing, checkpoint = opened
         if checkpoint is not None:
             on_all_processes(lambda: self.folder.load(checkpoint, self.accelerator))
             on_main_process(lambda: self.folder.lay_out(self.progress))

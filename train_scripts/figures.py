@@ -11,9 +11,8 @@ import sys
 
 from timm_sd import figures, results
 from timm_sd.command_line import Parser, one_line_errors, path, say
-from timm_sd.errors import UserError
 from timm_sd.figures import CONSTANT, STOCHASTIC
-from timm_sd.files import write
+from timm_sd.files import write, writing
 from timm_sd.record import Record
 
 
@@ -42,7 +41,7 @@ def main() -> None:
             drawn["figure8"] = figures.sweep(sweep)
         command = shlex.join(["python", "train_scripts/figures.py", *sys.argv[1:]])
         page = results.page(groups, sweep, list(drawn), command)
-        try:
+        with writing(args.out, "choose another --out"):
             args.out.mkdir(parents=True, exist_ok=True)
             for name, figure in drawn.items():
                 for file in (args.out / f"{name}.png", args.out / f"{name}.svg"):
@@ -50,8 +49,6 @@ def main() -> None:
                     say(file)
             write(args.out / "results.md", page.encode())
             say(args.out / "results.md")
-        except OSError as error:
-            raise UserError(f"cannot write to {args.out} ({error.strerror}): choose another --out") from error
 
 
 if __name__ == "__main__":

@@ -8,11 +8,13 @@ import start  # noqa: F401
 
 # isort: split
 import argparse
+from contextlib import closing
 from pathlib import Path
 
 from timm_sd.command_line import Parser, one_line_errors, path, say
-from timm_sd.hub import check_address, keep_card, locked, make_folder, upload
+from timm_sd.hub import check_address, keep_card, make_folder, upload
 from timm_sd.record import Record
+from timm_sd.run_folder import RunFolder
 
 
 def parse_args() -> argparse.Namespace:
@@ -36,7 +38,8 @@ def main() -> None:
         record = Record.read(args.run)
         name = args.repo_id.split("/")[1] if args.repo_id else record.options.weights_tag
         address = f"{args.repo_id}@{args.revision}" if args.revision is not None else args.repo_id
-        with locked(args.run):
+        with closing(RunFolder(args.run)) as run:
+            run.acquire()
             folder = make_folder(args.run, name, address)
             for file in sorted(folder.iterdir()):
                 say(f"{file.stat().st_size:>12,} bytes  {file}")
