@@ -39,7 +39,7 @@ def device(request, monkeypatch):
             return replay
 
         monkeypatch.setattr(cuda_graphs, "_capture", capture)
-        monkeypatch.setattr(cuda_graphs, "_memory_pool", lambda: None)
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
         monkeypatch.setattr(cuda_graphs, "_side_stream", nullcontext)
     AcceleratorState._reset_state(True)
     yield torch.device(request.param)

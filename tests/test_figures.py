@@ -151,9 +151,9 @@ def test_a_full_disk_leaves_the_figure_that_was_there(command, made_up):
     assert {path: path.read_bytes() for path in Path("out").iterdir()} == before
 
 
-def test_the_learning_rate_drops_of_the_schedule(made_up):
-    assert figures.learning_rate_drops(made_up("steps")) == [4, 6]
-    assert figures.learning_rate_drops(made_up("cycle", lr_schedule="one-cycle")) == []
+def test_one_cycle_has_no_learning_rate_drops(made_up):
+    errors, _ = figures.learning_curves({CONSTANT: [made_up("cycle", lr_schedule="one-cycle")]}).axes
+    assert [drawn for drawn in errors.lines if drawn.get_linestyle() == ":"] == []
 
 
 def test_figure_2(pair):

@@ -94,7 +94,7 @@ def graph_blocks(network: nn.Module, images: Tensor, dtype: torch.dtype | None =
 
     # A cast that autocast cached outside a graph would not be repeated when the graph is replayed.
     autocast = torch.autocast(images.device.type, dtype, enabled=dtype is not None, cache_enabled=False)
-    pool = _memory_pool()
+    pool = torch.cuda.graph_pool_handle()
     graphs = [_BlockGraphs(block, autocast) for block in blocks]
     # All graphs share one memory pool, so they are captured in the order in which they are replayed.
     for block_graphs in graphs:
@@ -122,10 +122,6 @@ def _warm_up(network: nn.Module, blocks: list[StochasticDepth], images: Tensor) 
 def _copy(source: Tensor, buffer: Tensor) -> None:
     if source.data_ptr() != buffer.data_ptr():
         buffer.detach().copy_(source)
-
-
-def _memory_pool() -> tuple[int, int]:
-    return torch.cuda.graph_pool_handle()
 
 
 @contextmanager

@@ -8,7 +8,6 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from io import BytesIO
-from itertools import pairwise
 from pathlib import Path
 
 import matplotlib as mpl
@@ -100,14 +99,6 @@ def _draw(axes: Axes, group: str, records: Sequence[Record], name: str, **style)
         axes.fill_between(epochs, values.min(0), values.max(0), color=COLORS[group], alpha=0.2, linewidth=0)
 
 
-def learning_rate_drops(record: Record) -> list[int]:
-    """The first epochs at a lower learning rate, for the authors' schedule; none for one that changes at every step."""
-    if record.options.lr_schedule != "steps":
-        return []
-    rates = [line["lr"] for line in record.history]
-    return [epoch for epoch, (before, rate) in enumerate(pairwise(rates), start=2) if rate < before]
-
-
 def learning_curves(groups: Groups) -> Figure:
     """Figure 3: test error (left) and training loss (right, logarithmic) by epoch.
 
@@ -119,7 +110,8 @@ def learning_curves(groups: Groups) -> Figure:
     losses = axes.twinx()
     losses.set_ylabel("training loss (cross-entropy)")
     best = {group: [record.best for record in records] for group, records in groups.items()}
-    epochs_in_all = next(iter(groups.values()))[0].options.epochs
+    first = next(iter(groups.values()))[0]
+    epochs_in_all = first.options.epochs
     errors = {group: float(np.mean([line["test_error"] for line in lines])) for group, lines in best.items()}
     for group, records in groups.items():
         _draw(axes, group, records, "test_error", linewidth=2, label=f"test error, {group}")
@@ -140,7 +132,8 @@ def learning_curves(groups: Groups) -> Figure:
             fontweight="bold",
         )
     _plain_log(losses)
-    for index, epoch in enumerate(learning_rate_drops(next(iter(groups.values()))[0])):
+    for index, drop in enumerate(first.protocol.lr_drops if first.options.lr_schedule == "steps" else ()):
+        epoch = math.ceil(drop * epochs_in_all)
         axes.axvline(epoch, color=GRAY, linewidth=1, linestyle=":", label=None if index else "learning rate ÷ 10")
     # In a long run, the first epochs would squash the rest.
     seen = [curves(records, "test_error")[:, epochs_in_all // 20 :] for records in groups.values()]

@@ -89,11 +89,6 @@ class Record:
         return Progress(self.history).best
 
     @property
-    def last(self) -> dict[str, float]:
-        """The metrics of the last epoch."""
-        return self.history[-1]
-
-    @property
     def summary(self) -> dict[str, object]:
         """The result, as in summary.json."""
         return summarize(self.options, self.history)

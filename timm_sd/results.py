@@ -76,7 +76,7 @@ def page(groups: Groups, sweep: Sequence[Record], figures: Sequence[str], comman
     values = {
         group: dict(
             error=np.mean([record.best["test_error"] for record in chosen]),
-            loss=np.mean([record.last["train_loss"] for record in chosen]),
+            loss=np.mean([record.history[-1]["train_loss"] for record in chosen]),
             gradients=curves(chosen, "conv1_gradient").mean(0),
             active=curves(chosen, "active_blocks").mean(),
             seconds=training_seconds(chosen),
