@@ -1,6 +1,7 @@
 """What several test files use."""
 
 import copy
+import functools
 import importlib.util
 import os
 import sys
@@ -28,21 +29,32 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["ACCELERATE_USE_CPU"] = "1"
 
 import timm  # noqa: E402
+import torch  # noqa: E402
 
 from timm_sd import data  # noqa: E402
 
 SCRIPTS = Path(__file__).parents[1] / "train_scripts"
 
 
+load = functools.cache(data.load)  # drawing the synthetic images takes longer than training on a few of them
+
+
 def take_few_images(monkeypatch):
     """Have training, and all that calls it, use 200 + 50 of the synthetic images."""
-    load = data.load
 
     def load_few(*args):
         learning, test = load(*args)
         return learning[:200], test[:50]
 
     monkeypatch.setattr(data, "load", load_few)
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    """A test may train on all cores, the next one not: two processes with as many threads as cores are very slow."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

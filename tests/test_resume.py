@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("few_images")
 
 def options_for(folder, **kwargs):
     """Two epochs of three steps."""
-    return replace(Options("cifar_resnet20_sd", "synthetic", epochs=2, batch_size=64, output=folder), **kwargs)
+    return replace(Options("cifar_resnet8_sd", "synthetic", epochs=2, batch_size=64, output=folder), **kwargs)
 
 
 def end_of(folder):
@@ -180,7 +180,7 @@ data.load = lambda *args: tuple(part[:size] for part, size in zip(load(*args), (
 if sys.argv[2] == "killed":
     os.rename = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 output = Path(sys.argv[1])
-training.train(Options("cifar_resnet20_sd", "synthetic", epochs=2, batch_size=64, output=output, resume=True))
+training.train(Options("cifar_resnet8_sd", "synthetic", epochs=2, batch_size=64, output=output, resume=True))
 """
     for way, status in (("killed", -signal.SIGKILL), ("whole", 0)):
         done = subprocess.run([sys.executable, "-c", program, tmp_path / "run", way], capture_output=True)
@@ -244,7 +244,6 @@ def test_another_environment_is_said_and_recorded(tmp_path, monkeypatch, capsys)
     capsys.readouterr()
     threads = torch.get_num_threads()
     training.train(options_for(tmp_path, resume=True))
-    torch.set_num_threads(threads)
     assert f"(threads was {threads} and is now 3): results may differ in the last bits" in capsys.readouterr().out
     first, second = json.loads((tmp_path / "config.json").read_text())["environments"]
     assert (first["threads"], second["threads"]) == (threads, 3)
@@ -412,9 +411,9 @@ def test_nothing_pickled_is_run(tmp_path, monkeypatch):
     assert not (tmp_path / "attacked").exists()
 
 
-@pytest.mark.parametrize("size", [1000, 1_095_500, 1_096_000])
+@pytest.mark.parametrize("size", [1000, 308_000])
 def test_a_full_disk_keeps_the_last_checkpoint(whole, tmp_path, monkeypatch, size):
-    """A limit on the size of files stands for the full disk: in the weights, the momentum and the random states."""
+    """A limit on the size of files stands for the full disk: in the weights, or in the momentum."""
     checkpoint = training.Run.checkpoint
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
