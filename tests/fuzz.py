@@ -31,13 +31,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from test_resume import TIMES, content_of, options_for
 
-from timm_sd import files, hub, machine, register_depth, training
+from timm_sd import files, hub, machine, training
 from timm_sd.errors import UserError
 from timm_sd.pretrained import load_weights
 from timm_sd.record import Record
 
-register_depth(8)
-MODEL, REPO, TOKEN = "cifar_resnet8_sd", "ann/small-sd", "hf_token_of_ann"
+MODEL, REPO, TOKEN = "cifar_resnet20_sd", "ann/small-sd", "hf_token_of_ann"
 # JSON, or nearly: what may stand where something else is expected.
 STRANGE = ["NaN", "-Infinity", "1e999", "1e299", "-1", "0", "0.5", "9" * 99, "9" * 5000, "true", "null", "[]", "{}"]
 STRANGE += ["[" * 100_000 + "]" * 100_000, '"x"', '"|"', '"{{ x }}"', '"\\u001b[31m\\n"', '"\\ud800"', "[[3], null]"]

@@ -30,10 +30,7 @@ def peers():
 @pytest.fixture
 def _one_thread():
     """Steps this small only wait for each other on more."""
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -19,9 +19,7 @@ def environment(monkeypatch):
     GradientState._reset_state()
     for name in ("OMP_NUM_THREADS", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "ACCELERATE_MIXED_PRECISION"):
         monkeypatch.delenv(name, raising=False)
-    threads = torch.get_num_threads()
     yield monkeypatch
-    torch.set_num_threads(threads)
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
 

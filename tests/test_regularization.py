@@ -134,6 +134,11 @@ def test_integers_are_numbers_too(name):
 
 
 def test_dropout_compiles():
+    """Also after a network without it, whose compiled code would be taken for this one's."""
+    other = timm.create_model("cifar_resnet20_sd").to(memory_format=torch.channels_last).train()
+    compiled = torch.compile(other, backend="eager")
+    for size in (64, 52):
+        compiled(torch.randn(size, 3, 32, 32).contiguous(memory_format=torch.channels_last))
     network = timm.create_model("cifar_resnet20").eval()
     regularize = Regularization(Options("cifar_resnet20", dropout=0.25), network, CPU)
     compiled = torch.compile(network, backend="eager")

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("few_images")
 
 def options_for(folder, **kwargs):
     """Two epochs of three steps."""
-    return replace(Options("cifar_resnet8_sd", "synthetic", epochs=2, batch_size=64, output=folder), **kwargs)
+    return replace(Options("cifar_resnet20_sd", "synthetic", epochs=2, batch_size=64, output=folder), **kwargs)
 
 
 def end_of(folder):
@@ -180,7 +180,7 @@ data.load = lambda *args: tuple(part[:size] for part, size in zip(load(*args), (
 if sys.argv[2] == "killed":
     os.rename = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 output = Path(sys.argv[1])
-training.train(Options("cifar_resnet8_sd", "synthetic", epochs=2, batch_size=64, output=output, resume=True))
+training.train(Options("cifar_resnet20_sd", "synthetic", epochs=2, batch_size=64, output=output, resume=True))
 """
     for way, status in (("killed", -signal.SIGKILL), ("whole", 0)):
         done = subprocess.run([sys.executable, "-c", program, tmp_path / "run", way], capture_output=True)
@@ -411,7 +411,7 @@ def test_nothing_pickled_is_run(tmp_path, monkeypatch):
     assert not (tmp_path / "attacked").exists()
 
 
-@pytest.mark.parametrize("size", [1000, 308_000])
+@pytest.mark.parametrize("size", [1000, 1_096_100])
 def test_a_full_disk_keeps_the_last_checkpoint(whole, tmp_path, monkeypatch, size):
     """A limit on the size of files stands for the full disk: in the weights, or in the momentum."""
     checkpoint = training.Run.checkpoint

@@ -34,6 +34,7 @@ class Regularization:
         self.features = network.head_hidden_size
         self.mask: Tensor | float = 1.0
         if self.dropout:
+            torch.compiler.reset()  # code compiled for another network would be used again, without the hook
             network.get_classifier().register_forward_pre_hook(lambda _, args: (args[0] * self.mask,))
 
     def __call__(self, images: Tensor, labels: Tensor, step: int, part: slice) -> tuple[Tensor, Tensor]:
