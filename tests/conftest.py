@@ -50,7 +50,7 @@ def take_few_images(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def threads():
+def restore_threads():
     """A test may train on all cores, the next one not: two processes with as many threads as cores are very slow."""
     before = torch.get_num_threads()
     yield

@@ -151,9 +151,15 @@ def test_a_full_disk_leaves_the_figure_that_was_there(command, made_up):
     assert {path: path.read_bytes() for path in Path("out").iterdir()} == before
 
 
-def test_one_cycle_has_no_learning_rate_drops(made_up):
-    errors, _ = figures.learning_curves({CONSTANT: [made_up("cycle", lr_schedule="one-cycle")]}).axes
-    assert [drawn for drawn in errors.lines if drawn.get_linestyle() == ":"] == []
+def test_few_or_no_learning_rate_drops(made_up):
+    def drops(record):
+        errors, _ = figures.learning_curves({CONSTANT: [record]}).axes
+        return [drawn.get_xdata()[0] for drawn in errors.lines if drawn.get_linestyle() == ":"]
+
+    steps = made_up("steps")
+    short = [replace(steps, options=replace(steps.options, epochs=n), history=steps.history[:n]) for n in (1, 2, 3)]
+    assert [drops(record) for record in short] == [[], [2], [2, 3]]
+    assert drops(made_up("cycle", lr_schedule="one-cycle")) == []
 
 
 def test_figure_2(pair):

@@ -386,6 +386,7 @@ def test_given_probabilities_regularizers_and_any_depth_are_published(
     text = (card / "README.md").read_text()
     assert "\ntimm_sd.register_depth(26)\n" in text
     assert "label smoothing 0.1 (paper: none); random erasing 0.5 (paper: none); mixup 0.4 (paper: none);" in text
+    assert "the weights are those of the moving average with the best validation error" in text
     assert f"given survival probabilities with p_L = {last:g}; label smoothing 0.1; random erasing 0.5;" in text
     assert f"--drop-path-schedule {','.join(map(str, survival))} --label-smoothing 0.1" in text
     network = timm.create_model(f"local-dir:{tmp_path / 'run' / 'hub'}", pretrained=True)
@@ -513,7 +514,8 @@ def test_one_at_a_time(publish, hub, run):
         status, _, err = publish()
     assert status == 1
     assert (
-        err == f"publish.py: another process is training or publishing in {run}: wait for it or choose another folder\n"
+        err
+        == f"publish.py: another process is training or publishing in {run}: wait for it, or choose another folder\n"
     )
     assert hub.requests == []
     assert not (run / "hub").exists()

@@ -354,7 +354,7 @@ def test_a_folder_belongs_to_one_process(two_checkpoints, tmp_path):
     holder = run_folder.RunFolder(run)
     holder.lock.acquire()
     for resume in (False, True):
-        with pytest.raises(UserError, match=f"another process is training or publishing in {run}: wait for it or"):
+        with pytest.raises(UserError, match=f"another process is training or publishing in {run}: wait for it, or"):
             training.train(options_for(run, resume=resume))
     holder.close()
     assert content_of(run) == before
@@ -387,9 +387,9 @@ def test_a_home_folder_that_the_shell_has_left(tmp_path, monkeypatch):
     assert (tmp_path / "home" / "run" / "summary.json").exists()
 
 
-def test_no_lack_of_room(tmp_path):
+def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "checkpoints").write_text("")
-    with pytest.raises(UserError, match=r"\(Not a directory\): free up space or choose another --output;"):
+    with pytest.raises(UserError, match=r"\(Not a directory\): choose another --output, or free up space"):
         training.train(options_for(tmp_path))
 
 
@@ -411,8 +411,8 @@ def test_nothing_pickled_is_run(tmp_path, monkeypatch):
     assert not (tmp_path / "attacked").exists()
 
 
-@pytest.mark.parametrize("size", [1000, 1_096_100])
-def test_a_full_disk_keeps_the_last_checkpoint(whole, tmp_path, monkeypatch, size):
+@pytest.mark.parametrize(("size", "reason"), [(1000, ".*File too large.*"), (1_096_100, "the disk may be full")])
+def test_a_full_disk_keeps_the_last_checkpoint(whole, tmp_path, monkeypatch, size, reason):
     """A limit on the size of files stands for the full disk: in the weights, or in the momentum."""
     checkpoint = training.Run.checkpoint
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -425,7 +425,9 @@ def test_a_full_disk_keeps_the_last_checkpoint(whole, tmp_path, monkeypatch, siz
 
     monkeypatch.setattr(training.Run, "checkpoint", full)
     try:
-        with pytest.raises(UserError, match=f"cannot write to {tmp_path} .*: free up space or choose") as error:
+        with pytest.raises(
+            UserError, match=rf"cannot write to {tmp_path} \({reason}\): choose another --output, or free"
+        ) as error:
             training.train(options_for(tmp_path, checkpoint_steps=2))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

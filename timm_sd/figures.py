@@ -132,8 +132,8 @@ def learning_curves(groups: Groups) -> Figure:
             fontweight="bold",
         )
     _plain_log(losses)
-    for index, drop in enumerate(first.protocol.lr_drops if first.options.lr_schedule == "steps" else ()):
-        epoch = math.ceil(drop * epochs_in_all)
+    drops = first.protocol.lr_drops if first.options.lr_schedule == "steps" else ()
+    for index, epoch in enumerate(sorted({math.ceil(drop * epochs_in_all) for drop in drops} - {1})):
         axes.axvline(epoch, color=GRAY, linewidth=1, linestyle=":", label=None if index else "learning rate ÷ 10")
     # In a long run, the first epochs would squash the rest.
     seen = [curves(records, "test_error")[:, epochs_in_all // 20 :] for records in groups.values()]

@@ -17,15 +17,17 @@ SUMS_FILE = "SHA256SUMS"  # as `sha256sum *` writes it
 
 
 @contextmanager
-def writing(folder: Path, way_out: str) -> Iterator[None]:
-    """Turn what libraries raise if they cannot write to a folder into a UserError."""
+def writing(place: Path, way_out: str) -> Iterator[None]:
+    """Turn what libraries raise if they cannot write to a file or folder into a UserError."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         if isinstance(error, (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", ()))):  # since torch 2.8
             raise
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot write to {folder} ({reason}): {way_out}") from error
+        if type(error) is RuntimeError:  # from torch.save, which does not give the reason
+            reason = "the disk may be full"
+        raise UserError(f"cannot write to {place} ({reason}): {way_out}") from error
 
 
 def write(file: Path, content: bytes) -> None:

@@ -31,7 +31,7 @@ def make_folder(run: Path, name: str, address: str | None = None) -> Path:
 
     The folder is a function of the run's files, to the byte with the same Matplotlib version. Raises UserError if the
     run has not finished or has changed since; an existing `hub` folder is then left as it was. Lock the run's folder
-    before.
+    first.
     """
     record, files, summary = Record.read(run), RunFolder(run), read_summary(run)
     options = record.options
@@ -49,6 +49,9 @@ def make_folder(run: Path, name: str, address: str | None = None) -> Path:
         rate = 0.0 if record.schedule == "given" else 1 - record.survival[-1]
     labels = {"label_names": SYNTHETIC_LABELS} if options.dataset == "synthetic" else {}
 
+    curve = figures.learning_curves({figures.kind(record): [record]})
+    card = model_card(record, network, name, address, summary["sha256"])
+
     folder, partial, old = run / "hub", run / "hub.partial", run / "hub.old"
     try:
         with writing(run, "solve that and publish again"):
@@ -64,8 +67,8 @@ def make_folder(run: Path, name: str, address: str | None = None) -> Path:
             )
             write_metrics(partial / files.metrics.name, record.history)
             write_json(partial / files.summary.name, summary)
-            figures.save(figures.learning_curves({figures.kind(record): [record]}), partial / "curve.png")
-            model_card(record, network, name, address, summary["sha256"]).save(partial / "README.md")
+            figures.save(curve, partial / "curve.png")
+            card.save(partial / "README.md")
             shutil.rmtree(old, ignore_errors=True)
             if folder.exists():
                 folder.rename(old)

@@ -33,7 +33,10 @@ from .options import BOUND_OPTIONS, Options
 BEST_FILE = "best.safetensors"
 CONFIG_FILE = "config.json"
 PROGRESS_FILE = "progress.json"
-WAY_OUT = "free up space or choose another --output; existing checkpoints are intact, and --resume continues from them"
+WAY_OUT = (
+    "choose another --output, or free up space if the disk is full; existing checkpoints are intact, and --resume"
+    " continues from them"
+)
 
 
 def write_metrics(file: Path, history: list[dict[str, float]]) -> None:
@@ -103,12 +106,12 @@ class RunFolder:
 
     def acquire(self) -> None:
         """Lock the folder until `close`, so that only one process at a time trains or publishes in it."""
-        with writing(self.path, "a run's folder must be writable and support locks"):
+        with writing(self.path, "choose a folder that is writable, on a file system that has locks"):
             try:
                 self.lock.acquire(timeout=0)
             except Timeout as error:
                 raise UserError(
-                    f"another process is training or publishing in {self.path}: wait for it or choose another folder"
+                    f"another process is training or publishing in {self.path}: wait for it, or choose another folder"
                 ) from error
 
     def open(self, options: dict, environment: dict, resume: bool) -> tuple[Progress, str, Path | None]:

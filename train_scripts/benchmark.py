@@ -31,7 +31,7 @@ from tqdm import tqdm, trange
 
 from timm_sd import data, draw_gates, figures, gates, machine, register_depth, use_gates
 from timm_sd.command_line import Parser, one_line_errors, path, say
-from timm_sd.errors import UserError
+from timm_sd.files import writing
 from timm_sd.options import Options
 from timm_sd.run_folder import RunFolder
 from timm_sd.stochastic_depth import stochastic_blocks
@@ -364,10 +364,9 @@ def compare_timm(models: Sequence[str], rates: Sequence[float], batch_size: int,
         "\n`saved` is the share of that saving that is achieved, both compared with no drop path"
     )
     if plot is not None:
-        try:
-            figures.save(benchmark_timm.draw_times(at_highest, max(rates)), plot)
-        except OSError as error:
-            raise UserError(f"cannot write {plot} ({error.strerror}): choose another --plot") from error
+        figure = benchmark_timm.draw_times(at_highest, max(rates))
+        with writing(plot, "choose another --plot"):
+            figures.save(figure, plot)
 
 
 def parse_args() -> argparse.Namespace:
