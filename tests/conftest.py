@@ -1,9 +1,10 @@
 """What several test files use."""
 
 import copy
-import functools
 import importlib.util
+import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -25,28 +26,36 @@ for name in ("HF_HUB_OFFLINE", "HF_HUB_CACHE", "HF_TOKEN", "HF_TOKEN_PATH", "HUG
     os.environ.pop(name, None)
 # The suite runs in a process a core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A shell has what it runs in the background ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # Runs are compared bit for bit and with computations on the CPU, also where there is a GPU.
 os.environ["ACCELERATE_USE_CPU"] = "1"
 
 import timm  # noqa: E402
 import torch  # noqa: E402
+from runs import load_few  # noqa: E402
 
 from timm_sd import data  # noqa: E402
 
 SCRIPTS = Path(__file__).parents[1] / "train_scripts"
-
-
-load = functools.cache(data.load)  # drawing the synthetic images takes longer than training on a few of them
+# The processes that tests start begin as copies of one that has imported this.
+multiprocessing.set_forkserver_preload(["timm_sd.training"])
 
 
 def take_few_images(monkeypatch):
-    """Have training, and all that calls it, use 200 + 50 of the synthetic images."""
+    """Have training, and all that calls it, use 100 + 50 of the synthetic images."""
+    monkeypatch.setattr(data, "load", load_few(100, 50))
 
-    def load_few(*args):
-        learning, test = load(*args)
-        return learning[:200], test[:50]
 
-    monkeypatch.setattr(data, "load", load_few)
+def in_processes(function, *arguments):
+    """Call `function` at the same time in as many processes as there are tuples of arguments; their exit statuses."""
+    context = multiprocessing.get_context("forkserver")
+    processes = [context.Process(target=function, args=args) for args in arguments]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    return [process.exitcode for process in processes]
 
 
 @pytest.fixture(autouse=True)

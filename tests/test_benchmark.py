@@ -76,7 +76,7 @@ def test_perfect_skipping(benchmark):
     assert benchmark.perfect_seconds(1.0, [0.4, 0.3, 0.2], [0.1, 0.2, 0.5]) == pytest.approx(1 - 0.04 - 0.06 - 0.1)
 
 
-@pytest.mark.usefixtures("registry")
+@pytest.mark.usefixtures("few_images", "registry")
 def test_the_table(benchmark, capsys, monkeypatch):
     monkeypatch.setattr(benchmark, "DEPTHS", (20, 26))
     monkeypatch.setattr(benchmark, "CHECKPOINTED_FROM", 20)

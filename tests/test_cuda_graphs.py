@@ -156,7 +156,7 @@ def test_evaluation_does_not_use_the_graphs(device):
 @pytest.mark.parametrize("forced", [False, True])
 def test_a_run_with_graphs_is_one_without(few_images, tmp_path, device, monkeypatch, forced):
     """With its last batch of another shape; without CUDA the flag has no effect unless the test forces it."""
-    options = Options("cifar_resnet20_sd", "synthetic", epochs=1, batch_size=64, output=tmp_path / "eager")
+    options = Options("cifar_resnet20_sd", "synthetic", epochs=1, batch_size=32, output=tmp_path / "eager")
     training.train(options)
     init = training.Run.__init__
 

@@ -3,17 +3,19 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import runs
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from by_hand import REGULARIZERS, assert_metrics_are_close, protocol_by_hand
-from conftest import SCRIPTS
+from conftest import SCRIPTS, in_processes
 from safetensors.torch import load_file
 
 from timm_sd import data, machine, processes, training
@@ -22,14 +24,13 @@ from timm_sd.options import Options
 from timm_sd.run_folder import RunFolder
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-PROGRAM = Path(__file__).with_name("two_processes.py")
 
 
-def launch(output, *arguments, program=PROGRAM):
+def torchrun(program, *arguments):
     """Run a program in two processes; its exit status and error output."""
     done = subprocess.run(
-        [*TORCHRUN, program, output, *arguments],
-        env=os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"},
+        [*TORCHRUN, program, *arguments],
+        env=os.environ | {"PYTHONWARNINGS": "default"},
         capture_output=True,
         text=True,
         timeout=120,
@@ -37,11 +38,19 @@ def launch(output, *arguments, program=PROGRAM):
     return done.returncode, done.stderr
 
 
+def launch(output, *arguments):
+    """`runs.noted` in two processes that need not import anything; the exit statuses and error outputs of both."""
+    store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    errors = [output.with_name(f"errors{rank}") for rank in (0, 1)]
+    every = [(rank, store.port, errors[rank], output, *arguments) for rank in (0, 1)]
+    return in_processes(runs.noted_without_torchrun, *every), [file.read_text() for file in errors]
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """The folder of a run in two processes, what each process noted, and what they printed as errors and warnings."""
     folder = tmp_path_factory.mktemp("distributed") / "run"
-    status, errors = launch(folder)
+    status, errors = torchrun(runs.__file__, folder)
     assert status == 0, errors
     notes = [json.loads(Path(f"{folder}-rank{rank}.json").read_text()) for rank in (0, 1)]
     return folder, notes, errors
@@ -67,7 +76,8 @@ def test_there_are_two_processes_that_agree(run):
 
 def test_every_training_image_once_an_epoch(run):
     _, notes, _ = run
-    training_set, _ = data.split(data.load("synthetic", None)[0][:210], seed=0, dataset="synthetic")
+    learning, _ = runs.load_few(210, 51)("synthetic", None)
+    training_set, _ = data.split(learning, seed=0, dataset="synthetic")
     for epoch in (0, 1):
         steps = [note["steps"][3 * epoch : 3 * epoch + 3] for note in notes]
         assert [[len(step["labels"]) for step in steps[rank]] for rank in (0, 1)] == [[32, 32, 30], [32, 32, 31]]
@@ -82,8 +92,7 @@ def test_it_is_the_protocol(run):
     """The mean gradient over an unevenly divided batch, statistics a process, those of the first kept, and metrics."""
     folder, _, _ = run
     options = Options("cifar_resnet20_sd", "synthetic", epochs=2, batch_size=64)
-    learning, test = data.load("synthetic", None)
-    states, history = protocol_by_hand(options, learning[:210], test[:51], processes=2)
+    states, history = protocol_by_hand(options, *runs.load_few(210, 51)("synthetic", None), processes=2)
     for line, expected in zip(metrics(folder), history, strict=True):
         assert_metrics_are_close(line, expected)
     best = min(range(2), key=lambda index: history[index]["validation_error"])
@@ -96,15 +105,14 @@ def test_it_is_the_protocol(run):
 def test_regularizers(tmp_path):
     """The same for the whole batch as in one process, and again after one of the processes was stopped."""
     folder, arguments = tmp_path / "run", json.dumps(REGULARIZERS)
-    status, errors = launch(folder, "SIGTERM", "1", "1", arguments)
-    assert "UserError: stopped by SIGTERM in epoch 1 after 2 steps" in errors
-    status, errors = launch(folder, "", "", "", arguments)
-    assert status == 0, errors
+    _, errors = launch(folder, "SIGTERM", "1", "1", arguments)
+    assert all("UserError: stopped by SIGTERM in epoch 1 after 2 steps" in text for text in errors)
+    statuses, errors = launch(folder, "", "", "", arguments)
+    assert statuses == [0, 0], errors
     notes = [json.loads(Path(f"{folder}-rank{rank}.json").read_text()) for rank in (0, 1)]
     assert notes[0]["buffers"] == notes[1]["buffers"]
     options = Options("cifar_resnet20_sd", "synthetic", epochs=2, batch_size=64, **REGULARIZERS)
-    learning, test = data.load("synthetic", None)
-    states, history = protocol_by_hand(options, learning[:210], test[:51], processes=2)
+    states, history = protocol_by_hand(options, *runs.load_few(210, 51)("synthetic", None), processes=2)
     for line, expected in zip(metrics(folder), history, strict=True):
         assert_metrics_are_close(line, expected)
     best = min(range(2), key=lambda index: history[index]["validation_error"])
@@ -115,9 +123,9 @@ def test_interrupted_and_resumed(run, tmp_path, monkeypatch):
     """A signal to one process stops both within an epoch, then one is killed; both go on to the same end."""
     folder, notes, _ = run
     interrupted = tmp_path / "run"
-    status, errors = launch(interrupted, "SIGTERM", "1", "1")
-    assert status != 0
-    assert errors.count("UserError: stopped by SIGTERM in epoch 1 after 2 steps") == 2
+    statuses, errors = launch(interrupted, "SIGTERM", "1", "1")
+    assert statuses == [1, 1]
+    assert all("UserError: stopped by SIGTERM in epoch 1 after 2 steps" in text for text in errors)
     (checkpoint,) = (interrupted / "checkpoints").iterdir()
     assert checkpoint.name == "epoch-00001-step-000002"
     sums = json.loads((checkpoint / "progress.json").read_text())["sums"]
@@ -126,9 +134,8 @@ def test_interrupted_and_resumed(run, tmp_path, monkeypatch):
 
     # One process takes over what two have summed.
     shutil.copytree(interrupted, tmp_path / "alone")
-    load = data.load
     with monkeypatch.context() as patch:
-        patch.setattr(data, "load", lambda *args: tuple(p[:n] for p, n in zip(load(*args), (210, 51), strict=True)))
+        patch.setattr(data, "load", runs.load_few(210, 51))
         options = Options("cifar_resnet20_sd", "synthetic", epochs=2, batch_size=64, resume=True)
         copy = RunFolder(tmp_path / "alone")
         alone = training.Run(Accelerator(), replace(options, output=copy.path), copy)
@@ -136,11 +143,11 @@ def test_interrupted_and_resumed(run, tmp_path, monkeypatch):
     copy.close()
     assert alone.sums.tolist() == pytest.approx([first + second for first, second in zip(*sums, strict=True)])
 
-    status, _ = launch(interrupted, "SIGKILL", "1", "2")
-    assert status != 0
+    statuses, _ = launch(interrupted, "SIGKILL", "1", "2")
+    assert statuses == [1, -signal.SIGKILL]
     assert max((interrupted / "checkpoints").iterdir()).name == "epoch-00002-step-000000"
-    status, errors = launch(interrupted)
-    assert status == 0, errors
+    statuses, errors = launch(interrupted)
+    assert statuses == [0, 0], errors
     assert (interrupted / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
     assert metrics(interrupted) == metrics(folder)
     for rank, expected in enumerate(notes):
@@ -150,8 +157,7 @@ def test_interrupted_and_resumed(run, tmp_path, monkeypatch):
 
 
 def test_missing_data_are_said_once(tmp_path):
-    script = SCRIPTS / "train.py"
-    status, errors = launch("--data-dir", tmp_path, "--output", tmp_path / "run", program=script)
+    status, errors = torchrun(SCRIPTS / "train.py", "--data-dir", tmp_path, "--output", tmp_path / "run")
     assert status != 0
     assert errors.count("train.py: cifar10 is missing or corrupt") == 1
     assert "barrier" not in errors

@@ -41,7 +41,7 @@ def test_evaluate_counts_by_hand(network, monkeypatch):
 def run(few_images, tmp_path, capsys):
     """A finished run of one epoch."""
     folder = tmp_path / "run"
-    training.train(Options("cifar_resnet20_sd", "synthetic", epochs=1, batch_size=64, seed=3, output=folder))
+    training.train(Options("cifar_resnet20_sd", "synthetic", epochs=1, batch_size=32, seed=3, output=folder))
     capsys.readouterr()
     return folder
 
@@ -49,7 +49,7 @@ def run(few_images, tmp_path, capsys):
 def test_a_runs_weights_have_its_errors(command, run):
     """On the split of its own seed, told by the run alone."""
     metrics = json.loads((run / "metrics.jsonl").read_text())
-    for split, size in (("validation", 20), ("test", 50)):
+    for split, size in (("validation", 10), ("test", 50)):
         status, out, err = command("validate", "--run", run, "--split", split)
         assert (status, err) == (0, "")
         *table, last = out.splitlines()

@@ -5,15 +5,14 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import runs
 import torch
 from by_hand import REGULARIZERS
-from conftest import take_few_images
+from conftest import in_processes, take_few_images
 from safetensors.torch import load_file
 
 from timm_sd import files, machine, run_folder, training
@@ -26,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("few_images")
 
 def options_for(folder, **kwargs):
     """Two epochs of three steps."""
-    return replace(Options("cifar_resnet20_sd", "synthetic", epochs=2, batch_size=64, output=folder), **kwargs)
+    return replace(Options("cifar_resnet20_sd", "synthetic", epochs=2, batch_size=32, output=folder), **kwargs)
 
 
 def end_of(folder):
@@ -168,23 +167,8 @@ def test_killed_at_any_moment_of_writing(whole, tmp_path, monkeypatch):
 
 
 def test_killed_in_a_process_of_its_own(whole, tmp_path):
-    """SIGKILL while the checkpoint of the first epoch's end is moved to its place."""
-    program = """
-import os, signal, sys
-from pathlib import Path
-from timm_sd import data, training
-from timm_sd.options import Options
-
-load = data.load
-data.load = lambda *args: tuple(part[:size] for part, size in zip(load(*args), (200, 50)))
-if sys.argv[2] == "killed":
-    os.rename = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-output = Path(sys.argv[1])
-training.train(Options("cifar_resnet20_sd", "synthetic", epochs=2, batch_size=64, output=output, resume=True))
-"""
-    for way, status in (("killed", -signal.SIGKILL), ("whole", 0)):
-        done = subprocess.run([sys.executable, "-c", program, tmp_path / "run", way], capture_output=True)
-        assert done.returncode == status, done.stderr
+    for run, status in ((runs.killed_while_moving_a_checkpoint, -signal.SIGKILL), (runs.resumed, 0)):
+        assert in_processes(run, (tmp_path / "run",)) == [status]
     assert end_of(tmp_path / "run") == whole
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.multiprocessing import start_processes
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_sd import StochasticDepth, draw_gates, gates, survival_probabilities, use_gates
@@ -692,7 +693,7 @@ def train_under_ddp(rank, init_file, mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_ddp_needs_no_unused_parameters(tmp_path, mode):
-    torch.multiprocessing.spawn(train_under_ddp, (tmp_path / "init", mode), nprocs=2)
+    start_processes(train_under_ddp, (tmp_path / "init", mode), nprocs=2, start_method="forkserver")
 
 
 @pytest.mark.parametrize("survival", [[0.5, float("nan")], [1.5], [-0.1], [float("inf")], [[0.5], [0.5]], 0.5])

@@ -78,7 +78,7 @@ def test_a_run_is_the_protocol(few_images, tmp_path, regularizers, lr_schedule, 
         model="cifar_resnet20_sd",
         dataset="synthetic",
         epochs=2,
-        batch_size=64,
+        batch_size=32,
         lr=0.1,
         lr_schedule=lr_schedule,
         weight_decay=0.5,  # large enough to be seen after six steps
@@ -109,7 +109,7 @@ def test_a_run_is_a_function_of_its_seed(few_images, tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         torch.rand(3)
         output = tmp_path / name
-        training.train(Options("cifar_resnet20_sd", "synthetic", epochs=1, batch_size=64, seed=seed, output=output))
+        training.train(Options("cifar_resnet20_sd", "synthetic", epochs=1, batch_size=32, seed=seed, output=output))
         weights.append(load_file(output / "model.safetensors"))
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
     assert not torch.equal(weights[0]["fc.weight"], weights[2]["fc.weight"])
@@ -125,7 +125,7 @@ def test_saved_weights_are_the_best_by_validation(few_images, tmp_path, monkeypa
         return Evaluation(loss=0.0, error=next(errors), images=[], errors=[])
 
     monkeypatch.setattr(training, "evaluate", evaluate)
-    training.train(Options("cifar_resnet20_sd", "synthetic", epochs=4, batch_size=64, output=tmp_path / "run"))
+    training.train(Options("cifar_resnet20_sd", "synthetic", epochs=4, batch_size=32, output=tmp_path / "run"))
     saved = load_file(tmp_path / "run" / "model.safetensors")
     assert all(torch.equal(saved[key], states[2][key]) for key in saved)
     assert not torch.equal(saved["fc.weight"], states[4]["fc.weight"])
@@ -164,7 +164,7 @@ def test_any_depth_by_name(registry):
 def test_weights_of_a_compiled_run_fit_the_plain_network(few_images, tmp_path, monkeypatch):
     AcceleratorState._reset_state(True)
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
-    training.train(Options("cifar_resnet20_sd", "synthetic", epochs=1, batch_size=64, output=tmp_path / "run"))
+    training.train(Options("cifar_resnet20_sd", "synthetic", epochs=1, batch_size=32, output=tmp_path / "run"))
     AcceleratorState._reset_state(True)
     timm.create_model("cifar_resnet20_sd").load_state_dict(load_file(tmp_path / "run" / "model.safetensors"))
 
@@ -182,7 +182,7 @@ def test_bf16(few_images, tmp_path, monkeypatch):
     monkeypatch.setattr(
         StochasticDepth, "forward", lambda block, x: seen.append((block.training, x.dtype)) or forward(block, x)
     )
-    training.train(Options("cifar_resnet20_sd", "synthetic", epochs=1, batch_size=64, output=tmp_path / "run"))
+    training.train(Options("cifar_resnet20_sd", "synthetic", epochs=1, batch_size=32, output=tmp_path / "run"))
     AcceleratorState._reset_state(True)
     assert set(seen) == {(True, torch.bfloat16), (False, torch.float32)}
 
@@ -198,7 +198,7 @@ def test_graphs_and_compilation_exclude_each_other(few_images, tmp_path, monkeyp
 def test_synchronized_normalization_in_one_process_is_the_plain_one(few_images, tmp_path):
     weights = []
     for sync_bn in (False, True):
-        options = Options("cifar_resnet20_sd", "synthetic", epochs=1, batch_size=64, sync_bn=sync_bn)
+        options = Options("cifar_resnet20_sd", "synthetic", epochs=1, batch_size=32, sync_bn=sync_bn)
         training.train(replace(options, output=tmp_path / str(sync_bn)))
         weights.append((tmp_path / str(sync_bn) / "model.safetensors").read_bytes())
     assert weights[0] == weights[1]
@@ -280,7 +280,7 @@ def test_wrong_input_gets_one_line(command, few_images, tmp_path, monkeypatch, a
 
 
 def test_a_run_that_diverges_stops(few_images, tmp_path):
-    options = Options("cifar_resnet20_sd", "synthetic", epochs=2, batch_size=64, lr=1e30, output=tmp_path / "run")
+    options = Options("cifar_resnet20_sd", "synthetic", epochs=2, batch_size=32, lr=1e30, output=tmp_path / "run")
     with pytest.raises(UserError, match="the run diverged in epoch 1: try an --lr below 1e"):
         training.train(options)
     assert not list((tmp_path / "run").glob("*.safetensors"))
@@ -290,7 +290,7 @@ def test_a_run_that_diverges_stops(few_images, tmp_path):
 
 def test_a_run_that_diverges_later_keeps_its_checkpoint(few_images, tmp_path, monkeypatch):
     """Weights that the last step of an epoch made infinite are not saved, though its loss knows nothing of them."""
-    options = Options("cifar_resnet20_sd", "synthetic", epochs=2, batch_size=64, output=tmp_path / "run")
+    options = Options("cifar_resnet20_sd", "synthetic", epochs=2, batch_size=32, output=tmp_path / "run")
     step = training.Run.step
     steps = []
 
@@ -309,7 +309,7 @@ def test_a_run_that_diverges_later_keeps_its_checkpoint(few_images, tmp_path, mo
 
 
 def test_the_run_explains_itself(few_images, tmp_path):
-    options = Options("cifar_resnet20_sd", "synthetic", epochs=1, batch_size=64, output=tmp_path / "run")
+    options = Options("cifar_resnet20_sd", "synthetic", epochs=1, batch_size=32, output=tmp_path / "run")
     training.train(options)
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert {name: config["options"][name] for name in ("model", "seed", "lr", "output")} == {
@@ -330,7 +330,7 @@ def test_the_run_explains_itself(few_images, tmp_path):
 
 def test_trackers(few_images, tmp_path):
     """Every metric of every epoch, as TensorBoard itself reads them."""
-    options = Options("cifar_resnet20_sd", "synthetic", epochs=2, batch_size=64, log_with="tensorboard")
+    options = Options("cifar_resnet20_sd", "synthetic", epochs=2, batch_size=32, log_with="tensorboard")
     training.train(replace(options, output=tmp_path / "run"))
     accumulator = EventAccumulator(str(tmp_path / "run" / "timm-sd"))
     accumulator.Reload()
@@ -344,7 +344,7 @@ def test_gradient_checkpointing_changes_the_running_statistics_alone(few_images,
     """It computes each kept block again, so those move twice a step; the steps themselves are the same."""
     states = []
     for name, grad_checkpointing in (("a", False), ("b", True)):
-        options = Options("cifar_resnet20_sd", "synthetic", epochs=1, batch_size=64, output=tmp_path / name)
+        options = Options("cifar_resnet20_sd", "synthetic", epochs=1, batch_size=32, output=tmp_path / name)
         training.train(replace(options, grad_checkpointing=grad_checkpointing))
         states.append(load_file(tmp_path / name / "model.safetensors"))
     for key in states[0]:

@@ -1,0 +1,86 @@
+"""Runs that tests start in processes of their own."""
+
+import functools
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+from timm_sd import data, training
+from timm_sd.options import Options
+
+BATCH_SIZE = 64  # of 189 training images, so the last batch's 61 divide unevenly
+
+load = functools.cache(data.load)  # drawing the synthetic images takes longer than training on a few of them
+
+
+def load_few(learning: int, test: int):
+    """A function in place of `data.load` that returns so many of the synthetic images."""
+    return lambda *args: tuple(part[:size] for part, size in zip(load(*args), (learning, test), strict=True))
+
+
+def killed_while_moving_a_checkpoint(output: Path) -> None:
+    """A run of two epochs, killed while the checkpoint of the first epoch's end is moved to its place."""
+    os.rename = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    resumed(output)
+
+
+def resumed(output: Path) -> None:
+    """The same run to its end, from where it was."""
+    data.load = load_few(100, 50)
+    training.train(Options("cifar_resnet20_sd", "synthetic", epochs=2, batch_size=32, output=output, resume=True))
+
+
+def noted(output: str, name: str = "", rank: str = "", at: str = "", options: str = "{}") -> None:
+    """One of the two processes of a run whose steps are noted in rank*.json beside its folder.
+
+    A signal of that name goes to process `rank` before its step `at`, counted from 0 in this launch. More options are
+    given as JSON.
+    """
+    step = training.Run.step
+    data.load = load_few(210, 51)
+    notes = dict(steps=[])
+    runs = []
+
+    def note_and_step(run, images, labels, gates, batch_size):
+        runs[:] = [run]
+        index = len(notes["steps"])
+        if [str(run.accelerator.process_index), str(index)] == [rank, at]:
+            os.kill(os.getpid(), signal.Signals[name])
+        step(run, images, labels, gates, batch_size)
+        # Images are told apart by their pixels, in any order and place: their sum over the shifts is not enough.
+        notes["steps"].append(
+            dict(gates=gates.tolist(), labels=labels.tolist(), images=images.mean((1, 2, 3)).tolist(), of=batch_size)
+        )
+
+    training.Run.step = note_and_step
+    fixed = dict(epochs=2, batch_size=BATCH_SIZE, output=Path(output), resume=True)
+    training.train(Options("cifar_resnet20_sd", "synthetic", **fixed, **json.loads(options)))
+    run = runs[0]
+    notes["processes"] = run.accelerator.num_processes
+    notes["wrapper"] = type(run.model).__name__
+    notes["unused"] = run.model.find_unused_parameters
+    notes["parameters"] = [parameter.detach().numpy().tobytes().hex() for parameter in run.network.parameters()]
+    notes["buffers"] = [buffer.numpy().tobytes().hex() for buffer in run.plain.buffers()]
+    Path(f"{output}-rank{run.accelerator.process_index}.json").write_text(json.dumps(notes))
+
+
+def noted_without_torchrun(rank: int, port: int, errors: Path, *arguments) -> None:
+    """`noted` in the environment that torchrun makes for a process, given the port of a store; errors go to a file."""
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE="2",
+        LOCAL_WORLD_SIZE="2",
+        MASTER_ADDR="localhost",
+        MASTER_PORT=str(port),
+        TORCHELASTIC_USE_AGENT_STORE="True",
+        TORCHELASTIC_RESTART_COUNT="0",
+    )
+    sys.stderr = errors.open("w")
+    noted(*arguments)
+
+
+if __name__ == "__main__":
+    noted(*sys.argv[1:])
