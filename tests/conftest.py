@@ -1,12 +1,13 @@
 """What several test files use."""
 
 import copy
-import importlib.util
 import multiprocessing
 import os
+import runpy
 import signal
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -24,38 +25,47 @@ os.environ.update(
 )
 for name in ("HF_HUB_OFFLINE", "HF_HUB_CACHE", "HF_TOKEN", "HF_TOKEN_PATH", "HUGGING_FACE_HUB_TOKEN"):
     os.environ.pop(name, None)
-# The suite runs in a process a core.
+# The suite runs in one process per core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# A shell has what it runs in the background ignore Ctrl-C.
-signal.signal(signal.SIGINT, signal.default_int_handler)
+# Shell scripts have what they run in the background ignore Ctrl-C, and the scripts that tests start would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # Runs are compared bit for bit and with computations on the CPU, also where there is a GPU.
 os.environ["ACCELERATE_USE_CPU"] = "1"
 
 import timm  # noqa: E402
 import torch  # noqa: E402
-from runs import load_few  # noqa: E402
+from runs import few  # noqa: E402
 
 from timm_sd import data  # noqa: E402
 
 SCRIPTS = Path(__file__).parents[1] / "train_scripts"
-# The processes that tests start begin as copies of one that has imported this.
+# Processes that tests start are forked from a server that has already imported this.
 multiprocessing.set_forkserver_preload(["timm_sd.training"])
 
 
 def take_few_images(monkeypatch):
     """Have training, and all that calls it, use 100 + 50 of the synthetic images."""
-    monkeypatch.setattr(data, "load", load_few(100, 50))
+    monkeypatch.setattr(data, "load", few)
 
 
 def in_processes(function, *arguments):
-    """Call `function` at the same time in as many processes as there are tuples of arguments; their exit statuses."""
+    """Call `function` with each tuple of arguments, all at once and each in its own process.
+
+    Returns the exit statuses, None for a process that is still running after two minutes. It is then killed.
+    """
     context = multiprocessing.get_context("forkserver")
     processes = [context.Process(target=function, args=args) for args in arguments]
     for process in processes:
         process.start()
-    for process in processes:
-        process.join()
-    return [process.exitcode for process in processes]
+    try:
+        end = time.monotonic() + 120
+        for process in processes:
+            process.join(max(0, end - time.monotonic()))
+        return [process.exitcode for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
 
 
 @pytest.fixture(autouse=True)
@@ -92,12 +102,10 @@ def command(monkeypatch, capsys):
 
     def run(name, *args):
         monkeypatch.syspath_prepend(SCRIPTS)
-        spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-        script = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(script)
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, args)])
+        monkeypatch.setenv("NO_COLOR", "1")  # argparse has colors since Python 3.14
         try:
-            script.main()
+            runpy.run_path(str(SCRIPTS / f"{name}.py"), run_name="__main__")
             status = 0
         except SystemExit as error:
             status = error.code

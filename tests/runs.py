@@ -10,41 +10,43 @@ from pathlib import Path
 from timm_sd import data, training
 from timm_sd.options import Options
 
-BATCH_SIZE = 64  # of 189 training images, so the last batch's 61 divide unevenly
-
 load = functools.cache(data.load)  # drawing the synthetic images takes longer than training on a few of them
 
 
 def load_few(learning: int, test: int):
-    """A function in place of `data.load` that returns so many of the synthetic images."""
+    """A stand-in for `data.load` that returns only the first `learning` and `test` images."""
     return lambda *args: tuple(part[:size] for part, size in zip(load(*args), (learning, test), strict=True))
 
 
+few = load_few(100, 50)
+uneven = load_few(210, 51)  # 189 to train on, and no set divides evenly between two processes
+
+
 def killed_while_moving_a_checkpoint(output: Path) -> None:
-    """A run of two epochs, killed while the checkpoint of the first epoch's end is moved to its place."""
+    """A run of two epochs, killed while the checkpoint at the end of the first is being moved into place."""
     os.rename = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
     resumed(output)
 
 
 def resumed(output: Path) -> None:
-    """The same run to its end, from where it was."""
-    data.load = load_few(100, 50)
+    """The same run, continued to its end."""
+    data.load = few
     training.train(Options("cifar_resnet20_sd", "synthetic", epochs=2, batch_size=32, output=output, resume=True))
 
 
-def noted(output: str, name: str = "", rank: str = "", at: str = "", options: str = "{}") -> None:
+def noted(output: str | Path, name: str = "", rank: str = "", at: str = "", options: str = "{}") -> None:
     """One of the two processes of a run whose steps are noted in rank*.json beside its folder.
 
-    A signal of that name goes to process `rank` before its step `at`, counted from 0 in this launch. More options are
-    given as JSON.
+    Signal `name` is sent to process `rank` just before its step `at`, counted from 0 in this launch. Further options
+    are given as JSON.
     """
     step = training.Run.step
-    data.load = load_few(210, 51)
+    data.load = uneven
     notes = dict(steps=[])
-    runs = []
+    noted_run = []
 
     def note_and_step(run, images, labels, gates, batch_size):
-        runs[:] = [run]
+        noted_run[:] = [run]
         index = len(notes["steps"])
         if [str(run.accelerator.process_index), str(index)] == [rank, at]:
             os.kill(os.getpid(), signal.Signals[name])
@@ -55,9 +57,9 @@ def noted(output: str, name: str = "", rank: str = "", at: str = "", options: st
         )
 
     training.Run.step = note_and_step
-    fixed = dict(epochs=2, batch_size=BATCH_SIZE, output=Path(output), resume=True)
+    fixed = dict(epochs=2, batch_size=64, output=Path(output), resume=True)
     training.train(Options("cifar_resnet20_sd", "synthetic", **fixed, **json.loads(options)))
-    run = runs[0]
+    (run,) = noted_run
     notes["processes"] = run.accelerator.num_processes
     notes["wrapper"] = type(run.model).__name__
     notes["unused"] = run.model.find_unused_parameters
@@ -67,7 +69,8 @@ def noted(output: str, name: str = "", rank: str = "", at: str = "", options: st
 
 
 def noted_without_torchrun(rank: int, port: int, errors: Path, *arguments) -> None:
-    """`noted` in the environment that torchrun makes for a process, given the port of a store; errors go to a file."""
+    """`noted` in the environment that torchrun sets up, given the port of a store; error output goes to a file."""
+    os.dup2(os.open(errors, os.O_WRONLY), 2)
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -78,7 +81,6 @@ def noted_without_torchrun(rank: int, port: int, errors: Path, *arguments) -> No
         TORCHELASTIC_USE_AGENT_STORE="True",
         TORCHELASTIC_RESTART_COUNT="0",
     )
-    sys.stderr = errors.open("w")
     noted(*arguments)
 
 

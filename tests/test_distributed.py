@@ -3,11 +3,11 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import runs
@@ -39,9 +39,11 @@ def torchrun(program, *arguments):
 
 
 def launch(output, *arguments):
-    """`runs.noted` in two processes that need not import anything; the exit statuses and error outputs of both."""
+    """`runs.noted` in two processes forked with the imports already done; their exit statuses and error outputs."""
     store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     errors = [output.with_name(f"errors{rank}") for rank in (0, 1)]
+    for file in errors:
+        file.write_text("")
     every = [(rank, store.port, errors[rank], output, *arguments) for rank in (0, 1)]
     return in_processes(runs.noted_without_torchrun, *every), [file.read_text() for file in errors]
 
@@ -76,7 +78,7 @@ def test_there_are_two_processes_that_agree(run):
 
 def test_every_training_image_once_an_epoch(run):
     _, notes, _ = run
-    learning, _ = runs.load_few(210, 51)("synthetic", None)
+    learning, _ = runs.uneven("synthetic", None)
     training_set, _ = data.split(learning, seed=0, dataset="synthetic")
     for epoch in (0, 1):
         steps = [note["steps"][3 * epoch : 3 * epoch + 3] for note in notes]
@@ -92,7 +94,7 @@ def test_it_is_the_protocol(run):
     """The mean gradient over an unevenly divided batch, statistics a process, those of the first kept, and metrics."""
     folder, _, _ = run
     options = Options("cifar_resnet20_sd", "synthetic", epochs=2, batch_size=64)
-    states, history = protocol_by_hand(options, *runs.load_few(210, 51)("synthetic", None), processes=2)
+    states, history = protocol_by_hand(options, *runs.uneven("synthetic", None), processes=2)
     for line, expected in zip(metrics(folder), history, strict=True):
         assert_metrics_are_close(line, expected)
     best = min(range(2), key=lambda index: history[index]["validation_error"])
@@ -105,14 +107,15 @@ def test_it_is_the_protocol(run):
 def test_regularizers(tmp_path):
     """The same for the whole batch as in one process, and again after one of the processes was stopped."""
     folder, arguments = tmp_path / "run", json.dumps(REGULARIZERS)
-    _, errors = launch(folder, "SIGTERM", "1", "1", arguments)
-    assert all("UserError: stopped by SIGTERM in epoch 1 after 2 steps" in text for text in errors)
+    statuses, errors = launch(folder, "SIGTERM", "1", "1", arguments)
+    assert statuses == [1, 1], errors
+    assert "UserError: stopped by SIGTERM in epoch 1 after 2 steps" in errors[0]
     statuses, errors = launch(folder, "", "", "", arguments)
     assert statuses == [0, 0], errors
     notes = [json.loads(Path(f"{folder}-rank{rank}.json").read_text()) for rank in (0, 1)]
     assert notes[0]["buffers"] == notes[1]["buffers"]
     options = Options("cifar_resnet20_sd", "synthetic", epochs=2, batch_size=64, **REGULARIZERS)
-    states, history = protocol_by_hand(options, *runs.load_few(210, 51)("synthetic", None), processes=2)
+    states, history = protocol_by_hand(options, *runs.uneven("synthetic", None), processes=2)
     for line, expected in zip(metrics(folder), history, strict=True):
         assert_metrics_are_close(line, expected)
     best = min(range(2), key=lambda index: history[index]["validation_error"])
@@ -124,8 +127,9 @@ def test_interrupted_and_resumed(run, tmp_path, monkeypatch):
     folder, notes, _ = run
     interrupted = tmp_path / "run"
     statuses, errors = launch(interrupted, "SIGTERM", "1", "1")
-    assert statuses == [1, 1]
-    assert all("UserError: stopped by SIGTERM in epoch 1 after 2 steps" in text for text in errors)
+    assert statuses == [1, 1], errors
+    for text in errors:
+        assert "UserError: stopped by SIGTERM in epoch 1 after 2 steps" in text
     (checkpoint,) = (interrupted / "checkpoints").iterdir()
     assert checkpoint.name == "epoch-00001-step-000002"
     sums = json.loads((checkpoint / "progress.json").read_text())["sums"]
@@ -135,7 +139,7 @@ def test_interrupted_and_resumed(run, tmp_path, monkeypatch):
     # One process takes over what two have summed.
     shutil.copytree(interrupted, tmp_path / "alone")
     with monkeypatch.context() as patch:
-        patch.setattr(data, "load", runs.load_few(210, 51))
+        patch.setattr(data, "load", runs.uneven)
         options = Options("cifar_resnet20_sd", "synthetic", epochs=2, batch_size=64, resume=True)
         copy = RunFolder(tmp_path / "alone")
         alone = training.Run(Accelerator(), replace(options, output=copy.path), copy)
@@ -143,8 +147,9 @@ def test_interrupted_and_resumed(run, tmp_path, monkeypatch):
     copy.close()
     assert alone.sums.tolist() == pytest.approx([first + second for first, second in zip(*sums, strict=True)])
 
-    statuses, _ = launch(interrupted, "SIGKILL", "1", "2")
-    assert statuses == [1, -signal.SIGKILL]
+    status, errors = torchrun(runs.__file__, interrupted, "SIGKILL", "1", "2")
+    assert status != 0
+    assert "Signal 9 (SIGKILL)" in errors
     assert max((interrupted / "checkpoints").iterdir()).name == "epoch-00002-step-000000"
     statuses, errors = launch(interrupted)
     assert statuses == [0, 0], errors
@@ -168,16 +173,13 @@ def test_the_sum_takes_the_order_of_the_processes(monkeypatch):
     """1e8 + 1 - 1e8 is 0 in float32 and 1 in any order that adds the large ones first."""
     parts = [torch.tensor([value]) for value in (1e8, 1.0, -1e8)]
 
-    class Gathered:
-        def get_future(self):
-            future = torch.futures.Future()
-            future.set_result(None)
-            return future
+    future = torch.futures.Future()
+    future.set_result(None)
 
     def all_gather(outputs, mine, async_op):
         for output, part in zip(outputs, parts, strict=True):
             output.copy_(part)
-        return Gathered()
+        return SimpleNamespace(get_future=lambda: future)
 
     class Bucket:
         def buffer(self):
@@ -189,6 +191,10 @@ def test_the_sum_takes_the_order_of_the_processes(monkeypatch):
     parts.reverse()
     parts.append(parts.pop(1))
     assert processes.mean_in_order(None, Bucket()).wait().tolist() == pytest.approx([1 / 3])
+    future = torch.futures.Future()
+    future.set_exception(RuntimeError("a process is gone"))
+    with pytest.raises(RuntimeError, match="a process is gone"):
+        processes.mean_in_order(None, Bucket()).wait()
 
 
 class Processes:

@@ -49,7 +49,8 @@ def run(few_images, tmp_path, capsys):
 def test_a_runs_weights_have_its_errors(command, run):
     """On the split of its own seed, told by the run alone."""
     metrics = json.loads((run / "metrics.jsonl").read_text())
-    for split, size in (("validation", 10), ("test", 50)):
+    learning, test = data.load("synthetic", None)
+    for split, part in (("validation", data.split(learning, 3, "synthetic")[1]), ("test", test)):
         status, out, err = command("validate", "--run", run, "--split", split)
         assert (status, err) == (0, "")
         *table, last = out.splitlines()
@@ -57,8 +58,8 @@ def test_a_runs_weights_have_its_errors(command, run):
         assert f"top-1 error {metrics[f'{split}_error']:.2f}%" in last
         rows = [row.rsplit(maxsplit=3) for row in table[1:]]
         assert [row[0].strip() for row in rows] == list(SYNTHETIC_LABELS)
-        assert sum(int(row[1]) for row in rows) == size
-        assert sum(int(row[2]) for row in rows) == pytest.approx(metrics[f"{split}_error"] * size / 100)
+        assert [int(row[1]) for row in rows] == part.labels.bincount(minlength=10).tolist()
+        assert sum(int(row[2]) for row in rows) == pytest.approx(metrics[f"{split}_error"] * len(part) / 100)
 
 
 def test_weights_alone(command, run):

@@ -94,6 +94,17 @@ def test_a_signal_stops_with_a_checkpoint(whole, tmp_path, monkeypatch, number):
     assert handlers == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
 
 
+def test_an_ignored_signal_stays_ignored(whole, tmp_path, monkeypatch):
+    interrupt_after(monkeypatch, 2, signal.SIGINT)
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        training.train(options_for(tmp_path))
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert end_of(tmp_path) == whole
+
+
 def test_regularizers_and_the_moving_average_resume(tmp_path, monkeypatch):
     training.train(options_for(tmp_path / "whole", **REGULARIZERS))
     resume = False

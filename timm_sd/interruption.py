@@ -8,7 +8,10 @@ from accelerate import Accelerator
 
 
 class Interruption:
-    """Within the context, the two signals are recorded instead of ending the process."""
+    """Within the context, the two signals are recorded instead of ending the process.
+
+    One that is ignored stays so, as Ctrl-C is in what a shell script runs in the background.
+    """
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.signal = 0
@@ -16,7 +19,11 @@ class Interruption:
         self.hosts = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
 
     def __enter__(self) -> "Interruption":
-        self.handlers = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.handlers = {
+            number: signal.signal(number, self._note)
+            for number in (signal.SIGTERM, signal.SIGINT)
+            if signal.getsignal(number) is not signal.SIG_IGN
+        }
         return self
 
     def __exit__(self, *_) -> None:

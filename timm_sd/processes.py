@@ -47,5 +47,9 @@ def mean_in_order(_: None, bucket: torch.distributed.GradBucket) -> torch.future
     """
     mine = bucket.buffer()
     parts = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size())]
-    gathered = torch.distributed.all_gather(parts, mine, async_op=True).get_future()
-    return gathered.then(lambda _: sum(parts[1:], start=parts[0]).div_(len(parts)))
+
+    def mean(gathered: torch.futures.Future) -> Tensor:
+        gathered.wait()  # raises an error if a process is gone
+        return sum(parts[1:], start=parts[0]).div_(len(parts))
+
+    return torch.distributed.all_gather(parts, mine, async_op=True).get_future().then(mean)
