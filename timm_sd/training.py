@@ -347,7 +347,8 @@ def train(options: Options) -> None:
     try:
         run = Run(accelerator, options, folder)
         run.begin()
-        with Interruption(accelerator) as interruption:
+        # torch.compile makes ten graphs: for five kinds of branch, with full batches and with the last one.
+        with Interruption(accelerator) as interruption, torch._dynamo.config.patch(recompile_limit=16):
             while run.progress.epoch <= options.epochs:
                 if signal := interruption.noted():
                     raise stopped(signal, run.progress)
