@@ -1,4 +1,4 @@
-"""The authors' protocol written out, as an independent computation to compare runs with."""
+"""The authors' protocol written out in full: an independent computation to compare runs with."""
 
 import copy
 
@@ -16,12 +16,11 @@ REGULARIZERS = dict(label_smoothing=0.1, random_erasing=0.5, mixup=0.4, cutmix=1
 
 
 def protocol_by_hand(options, learning, test, processes=1, rates=None):
-    """Two epochs of cifar_resnet20_sd, with gates, Nesterov's momentum, weight decay and zero gradients written out.
+    """Train cifar_resnet20_sd for two epochs; return the state dict and the metrics after each.
 
-    The learning rate is the authors', or for each step that of `rates`.
-    With several processes, each batch falls into parts that are normalized on their own; the first one's running
-    statistics are the network's. Label smoothing and the moving average are written out too. Returns the state dict and
-    the metrics after each epoch.
+    Gates, Nesterov momentum, weight decay, zero gradients, label smoothing and the moving average are written out. The
+    learning rate follows the authors' schedule, or `rates`, which has one for each step. With several processes, each
+    batch is split into parts that are normalized separately, and the first part's running statistics are kept.
     """
     train_set, validation_set = data.split(learning, options.seed, options.dataset)
     torch.manual_seed(options.seed)
@@ -106,6 +105,6 @@ def protocol_by_hand(options, learning, test, processes=1, rates=None):
 
 
 def assert_metrics_are_close(line, metrics):
-    """Of a run and of its computation by hand. Early layers' gradients differ most where the last bits do."""
+    """Compare a run's metrics with those computed by hand. Rounding affects the gradients of early layers most."""
     for name, value in metrics.items():
         assert line[name] == pytest.approx(value, rel=2e-2 if name == "conv1_gradient" else 1e-3), name

@@ -1,4 +1,4 @@
-"""What several test files use."""
+"""Fixtures and helpers shared by several test files."""
 
 import copy
 import multiprocessing
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from hub_server import Hub
 
-# huggingface_hub reads these when it is imported: its Hub is on loopback, where uploads go the LFS way.
+# huggingface_hub reads these when it is imported. They point it to the Hub on loopback, and have it upload over LFS.
 HUB = Hub()
 HF_HOME = tempfile.TemporaryDirectory()
 os.environ.update(
@@ -27,10 +27,10 @@ for name in ("HF_HUB_OFFLINE", "HF_HUB_CACHE", "HF_TOKEN", "HF_TOKEN_PATH", "HUG
     os.environ.pop(name, None)
 # The suite runs in one process per core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Shell scripts have what they run in the background ignore Ctrl-C, and the scripts that tests start would inherit that.
+# What a shell script runs in the background ignores Ctrl-C, and the scripts that tests start would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-# Runs are compared bit for bit and with computations on the CPU, also where there is a GPU.
+# Runs are compared bit for bit with others on the CPU, so they use the CPU even if there is a GPU.
 os.environ["ACCELERATE_USE_CPU"] = "1"
 
 import timm  # noqa: E402
@@ -45,7 +45,7 @@ multiprocessing.set_forkserver_preload(["timm_sd.training"])
 
 
 def take_few_images(monkeypatch):
-    """Have training, and all that calls it, use 100 + 50 of the synthetic images."""
+    """Replace the data with the first 100 synthetic images to learn from and the first 50 to test on."""
     monkeypatch.setattr(data, "load", few)
 
 
@@ -70,7 +70,7 @@ def in_processes(function, *arguments):
 
 @pytest.fixture(autouse=True)
 def restore_threads():
-    """A test may train on all cores, the next one not: two processes with as many threads as cores are very slow."""
+    """Undo a test's change of the number of threads: two test processes with a thread per core each are very slow."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -85,7 +85,7 @@ def hub(tmp_path):
 
 @pytest.fixture
 def registry(monkeypatch):
-    """What a test registers is forgotten after it."""
+    """Undo what a test registers with timm."""
     for name, value in vars(timm.models._registry).items():
         if isinstance(value, (dict, set)) and name != "__builtins__":
             monkeypatch.setattr(timm.models._registry, name, copy.deepcopy(value))
@@ -98,7 +98,7 @@ def few_images(monkeypatch):
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """Run a script in this process; its exit status, its standard output and its error output."""
+    """Run a script in this process; return its exit status, standard output and standard error."""
 
     def run(name, *args):
         monkeypatch.syspath_prepend(SCRIPTS)
@@ -109,7 +109,7 @@ def command(monkeypatch, capsys):
             status = 0
         except SystemExit as error:
             status = error.code
-            if isinstance(status, str):  # as Python's own handling of it does
+            if isinstance(status, str):  # as Python itself does
                 print(status, file=sys.stderr)
                 status = 1
         captured = capsys.readouterr()

@@ -1,6 +1,6 @@
-"""Damage weights files, run folders and the Hub's answers at random: each is refused in one line, or does no harm.
+"""Damage weights, run folders and the Hub's responses at random: each must be refused in one line or do no harm.
 
-`python tests/fuzz.py --cases 2000 --seed 0`; `--first CASE --cases 1` tries one again. The test suite runs a few
+`python tests/fuzz.py --cases 2000 --seed 0`; `--first CASE --cases 1` repeats a single case. The test suite runs a few
 cases of each kind.
 """
 
@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from random import Random
 
-import conftest  # before what imports huggingface_hub: it says where the Hub is
+import conftest  # before anything imports huggingface_hub: it says where the Hub is
 import pytest
 import timm
 import torch
@@ -37,7 +37,7 @@ from timm_sd.pretrained import load_weights
 from timm_sd.record import Record
 
 MODEL, REPO, TOKEN = "cifar_resnet20_sd", "ann/small-sd", "hf_token_of_ann"
-# JSON, or nearly: what may stand where something else is expected.
+# JSON, or nearly JSON, to put in place of what is expected.
 STRANGE = ["NaN", "-Infinity", "1e999", "1e299", "-1", "0", "0.5", "9" * 99, "9" * 5000, "true", "null", "[]", "{}"]
 STRANGE += ["[" * 100_000 + "]" * 100_000, '"x"', '"|"', '"{{ x }}"', '"\\u001b[31m\\n"', '"\\ud800"', "[[3], null]"]
 STRAYS = ["epoch-zzz", "epoch-00009-step-000000", "epoch-00001-step-000001", "epoch-3-step-0", "\x1b[31m"]
@@ -48,14 +48,14 @@ REQUESTS = ["/create", rf"/models/{REPO}(\?|$)", "/branch/", "/preupload/", "/ba
 
 
 def check_said(text: str) -> None:
-    """What is printed must be one line of characters that can be, without the token."""
+    """A message must be one printable line without the token."""
     assert text, "nothing is said"
     assert text.isprintable(), f"not one printable line: {text!r}"
     assert TOKEN not in text, f"the token is in {text!r}"
 
 
 def check_plausible(value: object, highest: float = 1e15) -> None:
-    """A JSON value must have numbers that something can have counted or measured, and words that can be printed."""
+    """A JSON value may only contain numbers of a plausible size and printable strings."""
     if isinstance(value, dict | list):
         for inner in [*value, *value.values()] if isinstance(value, dict) else value:
             check_plausible(inner, highest)
@@ -66,7 +66,10 @@ def check_plausible(value: object, highest: float = 1e15) -> None:
 
 
 def damaged(content: list, random: Random) -> tuple[str, list]:
-    """What is done to a file's bytes or lines, more often near the beginning, where headers are, and the outcome."""
+    """Damage a file's bytes or lines, more often near the beginning, where headers are.
+
+    Returns a description and the damaged content.
+    """
     at = int(len(content) * random.random() ** 4)
     end = min(at + random.choice([1, 4, 64, len(content)]), len(content))
     before, part, after = content[:at], content[at:end], content[end:]
@@ -82,14 +85,14 @@ def damaged(content: list, random: Random) -> tuple[str, list]:
 
 
 def places(value: object) -> Iterator[tuple[dict | list, str | int]]:
-    """Every entry in a JSON value: where it is, and under which key."""
+    """Every entry in a JSON value, as its container and its key."""
     for key in list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
         yield value, key
         yield from places(value[key])
 
 
 def strange_json(value: object, random: Random) -> tuple[str, str]:
-    """What is done to a JSON value, and the outcome: an entry replaced, renamed or gone, or one more."""
+    """Replace, rename, remove or add an entry of a JSON value. Returns a description and the new JSON."""
     whole = [json.loads(json.dumps(value))]
     place, key = random.choice(list(places(whole)))
     how, strange = random.choice(["replaced"] * 4 + ["renamed", "gone", "beside"]), random.choice(STRANGE)
@@ -102,7 +105,7 @@ def strange_json(value: object, random: Random) -> tuple[str, str]:
 
 
 def change_file(file: Path, random: Random) -> str:
-    """Damage a file of a run; says how."""
+    """Damage a file of a run; return a description."""
     how = random.choice([*["value"] * 4, "lines", "bytes", "deleted", "a folder"])
     content = file.read_bytes()
     if how == "value" and file.suffix in (".json", ".jsonl"):
@@ -123,7 +126,7 @@ def change_file(file: Path, random: Random) -> str:
 
 
 def change_run(run: Path, how: str, random: Random, changes: list[str]) -> None:
-    """Damage what an action on a run's folder reads. Some of a checkpoint's changes are "signed": its sums agree."""
+    """Damage files that an action on a run reads. Some damaged checkpoints are "signed": their SHA256SUMS match."""
     checkpoints = sorted((run / "checkpoints").iterdir()) if how == "resume" else []
     there = [path for folder in (run, *checkpoints) for path in sorted(folder.iterdir()) if path.is_file()]
     there.remove(run / "lock")
@@ -142,7 +145,7 @@ def change_run(run: Path, how: str, random: Random, changes: list[str]) -> None:
 
 
 def result_of(run: Path) -> tuple[list[dict], dict, bytes]:
-    """Metrics and summary of a finished run, times aside, and its weights."""
+    """A finished run's metrics and summary, without times, and its weights."""
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     summary = json.loads((run / "summary.json").read_text())
     for record in (*metrics, summary):
@@ -152,7 +155,7 @@ def result_of(run: Path) -> tuple[list[dict], dict, bytes]:
 
 
 def fuzz_run(random: Random, work: Path, changes: list[str], whole: Path) -> None:
-    """Resume a finished run whose folder was damaged, read it, or make its Hub folder."""
+    """Damage a finished run's folder, then resume the run, read it, or make its Hub folder."""
     run = shutil.copytree(whole, work / "run")
     how = random.choice(["resume", "resume", "read", "make"])
     change_run(run, how, random, changes)
@@ -174,7 +177,7 @@ def fuzz_run(random: Random, work: Path, changes: list[str], whole: Path) -> Non
             check_plausible([result, log, config["environments"], (made / "README.md").read_text().split("\n")])
             check_plausible(config, math.inf)  # an option may be any number
     except UserError:
-        # A folder in the place of a file is met when that is written, after others.
+        # A folder in place of a file is noticed only when that file is written, after others.
         after = before if "a folder" in str(changes) else content_of(run)
         changed = [path.name for path, content in before.items() if after.get(path) != content]
         assert not changed, f"refused, but it wrote {changed}"
@@ -182,7 +185,7 @@ def fuzz_run(random: Random, work: Path, changes: list[str], whole: Path) -> Non
 
 
 def change_weights(file: Path, random: Random) -> str:
-    """Write a safetensors file anew with other tensors; says how."""
+    """Rewrite a safetensors file with a changed tensor; return a description."""
     tensors = load_file(file)
     kind = random.choice(["", "survival", "running_var"])
     name = random.choice([name for name in tensors if name.endswith(kind)])
@@ -206,14 +209,14 @@ def change_weights(file: Path, random: Random) -> str:
 
 
 def is_no_network(file: Path, whole: Path) -> bool:
-    """Whether a file is no safetensors file, or lacks a tensor of `whole`, or has one that cannot be."""
+    """Whether a file is not a safetensors file, or lacks a tensor of `whole`, or has an impossible one."""
     try:
         tensors = load_file(file)
     except SafetensorError:
         return True
     for name, own in load_file(whole).items():
         tensor = tensors.get(name)
-        if name.endswith("num_batches_tracked"):  # which nothing is computed with
+        if name.endswith("num_batches_tracked"):  # it is not used in any computation
             continue
         if tensor is None or tensor.numel() != own.numel() or not tensor.is_floating_point():
             return True
@@ -223,7 +226,7 @@ def is_no_network(file: Path, whole: Path) -> bool:
 
 
 def fuzz_weights(random: Random, work: Path, changes: list[str], whole: Path) -> None:
-    """Load a damaged weights file in one of the ways that there are."""
+    """Damage a weights file and load it in a random way."""
     file = Path(shutil.copyfile(whole, work / "damaged.safetensors"))
     changes += [change_weights(file, random) for _ in range(random.choice([0, 1, 1, 2]))]
     if not changes:
@@ -249,13 +252,13 @@ def fuzz_weights(random: Random, work: Path, changes: list[str], whole: Path) ->
         raise UserError(str(error)) from error
     assert not is_no_network(file, whole), "it was loaded"
     assert all(tensor.isfinite().all() for tensor in network.state_dict().values()), "not finite"
-    # Weights that a flipped bit makes huge are numbers like others, and overflow.
+    # A flipped bit can make a weight huge. It is still a valid number, but the output overflows.
     huge = any(tensor.float().abs().max() > 1e6 for tensor in load_file(file).values())
     assert huge or network.eval()(torch.ones(1, 3, 32, 32)).isfinite().all(), "an output that is not finite"
 
 
 def strange_answer(body: object, random: Random) -> bytes:
-    """What the Hub may answer instead of `body`."""
+    """A response that the Hub might give instead of `body`."""
     said = f"\x1b[31m{TOKEN}\r\nBearer {TOKEN}\x00"
     keys = ("error", "message", "url", "commitUrl", "commitOid", "files", "objects")
     values = (said, f"{conftest.HUB.url}/{REPO}/commit/{said}", 3, {"x": [3]})
@@ -266,7 +269,7 @@ def strange_answer(body: object, random: Random) -> bytes:
 
 
 def fuzz_hub(random: Random, work: Path, changes: list[str], folder: Path) -> None:
-    """Upload a folder to a Hub that gives strange answers to one or two kinds of request, once or always."""
+    """Upload a folder to a Hub that responds strangely to one or two kinds of request, once or always."""
     conftest.HUB.open(work / "hub")
     faults = {request: [random.random(), random.choice([1, 99])] for request in random.choices(REQUESTS, k=2)}
     answer, said = Handler.answer, f"\x1b[31m {TOKEN}"
@@ -275,7 +278,7 @@ def fuzz_hub(random: Random, work: Path, changes: list[str], folder: Path) -> No
         for request, fault in faults.items():
             if re.search(request, self.path) and fault[1]:
                 fault[1] -= 1
-                draw = Random(fault[0])  # its own, for the client sends some requests at the same time
+                draw = Random(fault[0])  # one for each fault, since the client sends some requests in parallel
                 status, body = draw.choice([status, status, *STATUSES]), strange_answer(body, draw)
                 headers |= dict(X_Error_Message=draw.choice(["", said]))
                 headers |= dict(X_Error_Code=draw.choice(["", "RepoNotFound", "RevisionNotFound", "GatedRepo", said]))
@@ -287,25 +290,25 @@ def fuzz_hub(random: Random, work: Path, changes: list[str], folder: Path) -> No
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         monkeypatch.setattr(Handler, "answer", strange)
-        monkeypatch.setattr(time, "sleep", lambda seconds: None)  # with which the client waits before it asks again
+        monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the client would wait before it retries
         private, revision = random.choice([(False, None), (True, None), (False, "v1")])
         check_said(hub.upload(folder, REPO, private, revision, "a message"))
 
 
 def whole_weights(folder: Path) -> Path:
-    """A file of weights."""
+    """A valid weights file."""
     save_file(timm.create_model(MODEL).state_dict(), folder / "whole.safetensors")
     return folder / "whole.safetensors"
 
 
 def whole_run(folder: Path) -> Path:
-    """A finished run of a few images, with the checkpoint of its end and one in an epoch."""
+    """The folder of a finished run on a few images, with its last checkpoint and one from within an epoch."""
     training.train(options_for(folder / "run", checkpoint_steps=2))
     return folder / "run"
 
 
 def whole_hub(folder: Path) -> Path:
-    """What is uploaded."""
+    """A folder to upload."""
     for name, text in (("README.md", "---\nlicense: mit\n---\n"), ("a.safetensors", "weights"), ("config.json", "{}")):
         (folder / name).write_text(text)
     return folder
@@ -315,13 +318,13 @@ KINDS = {"weights": (whole_weights, fuzz_weights), "run": (whole_run, fuzz_run),
 
 
 def use_few_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have runs be short, and their environment stay the same."""
+    """Make runs short, and their recorded environment always the same."""
     conftest.take_few_images(monkeypatch)
     monkeypatch.setattr(machine, "git_commit", lambda: None)
 
 
 def run_case(kind: str, whole: Path, seed: int, case: int) -> str:
-    """Whether one case was refused in one line or went through unharmed. Raises AssertionError if it was neither."""
+    """Run one case; return "refused" or "unharmed". Raises AssertionError if it was neither."""
     changes = []
     try:
         with tempfile.TemporaryDirectory() as work, redirect_stdout(io.StringIO()):

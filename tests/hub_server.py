@@ -1,4 +1,4 @@
-"""A small Hugging Face Hub on loopback, that keeps repositories on disk and answers what the client asks, the LFS way.
+"""A small Hugging Face Hub on loopback that keeps repositories on disk and speaks LFS with the client.
 
 repositories/NAMESPACE/NAME/{private,refs/BRANCH,commits/OID}    a commit is the JSON of its files and its message
 blobs/SHA256                                                     the content of every file
@@ -19,7 +19,7 @@ REPO = r"(?P<repo>[\w.-]+/[\w.-]+?)"
 
 
 class RefusalError(Exception):
-    """An answer that is an error: a status, and the Hub's code for it."""
+    """An error response: an HTTP status and the Hub's error code."""
 
     def __init__(self, status, code="", message=""):
         super().__init__(message)
@@ -27,9 +27,10 @@ class RefusalError(Exception):
 
 
 class Hub:
-    """The server. `requests` are the lines of what was asked; `faults` maps (method, path pattern) to what goes wrong:
-    a status, "short" for half of the content as if it were the whole, "cut" for a connection lost half way. Each fault
-    happens once.
+    """The server.
+
+    `requests` has the request lines so far. `faults` maps (method, path pattern) to what goes wrong, once: a status,
+    "short" for half of the content as if it were all, or "cut" for a connection lost halfway.
     """
 
     def __init__(self, address=("127.0.0.1", 0)):
@@ -45,14 +46,14 @@ class Hub:
         threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
 
     def open(self, root):
-        """Begin with nothing but a folder."""
+        """Start an empty Hub in a folder."""
         self.root, self.requests, self.faults = root, [], {}
         (root / "blobs").mkdir(parents=True)
 
     def stop(self):
         self.server.shutdown()
         for connection in list(self.connections):
-            with suppress(OSError):  # the client may have gone
+            with suppress(OSError):  # the client may be gone
                 connection.shutdown(socket.SHUT_RDWR)
         self.server.server_close()
 
@@ -70,7 +71,7 @@ class Hub:
         self.commit(repo, "main", {".gitattributes": b"*.safetensors filter=lfs\n"}, "initial commit")
 
     def commit(self, repo, branch, changes, message):
-        """Add files, as bytes or by SHA-256, to a branch."""
+        """Commit files, given as bytes or by SHA-256, to a branch."""
         folder = self.folder(repo)
         ref = folder / "refs" / branch
         before = json.loads((folder / "commits" / ref.read_text()).read_text()) if ref.exists() else {"files": {}}
@@ -92,7 +93,7 @@ class Hub:
         return (self.root / "blobs" / sha256).read_bytes()
 
     def resolve(self, repo, revision="main"):
-        """The commit that a branch or a commit's own name stands for, and its files."""
+        """The commit that a branch or commit name refers to, and its files."""
         folder = self.folder(repo)
         ref = folder / "refs" / revision
         oid = ref.read_text() if ref.is_file() else revision
@@ -101,7 +102,7 @@ class Hub:
         return oid, json.loads((folder / "commits" / oid).read_text())["files"]
 
     def commits(self, repo, branch="main"):
-        """The messages of a branch's commits, the first one first."""
+        """The messages of a branch's commits, oldest first."""
         folder, messages = self.folder(repo), []
         oid = (folder / "refs" / branch).read_text()
         while oid:
@@ -174,7 +175,7 @@ class Handler(BaseHTTPRequestHandler):
             raise RefusalError(401, message="Invalid credentials in Authorization header")
 
     def check(self, repo, write=False):
-        """Refuse who may not see the repository, or not write to it."""
+        """Refuse a user who may not see the repository or, with `write`, may not write to it."""
         folder = self.hub.folder(repo)
         owned = self.user == repo.split("/")[0]
         if not folder.exists() or (json.loads((folder / "private").read_text()) and not owned):

@@ -19,23 +19,23 @@ def load_few(learning: int, test: int):
 
 
 few = load_few(100, 50)
-uneven = load_few(210, 51)  # 189 to train on, and no set divides evenly between two processes
+uneven = load_few(210, 51)  # 189 to train on; no set divides evenly between two processes
 
 
 def killed_while_moving_a_checkpoint(output: Path) -> None:
-    """A run of two epochs, killed while the checkpoint at the end of the first is being moved into place."""
+    """Start a run of two epochs, and kill it while it moves the checkpoint of the first into place."""
     os.rename = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
     resumed(output)
 
 
 def resumed(output: Path) -> None:
-    """The same run, continued to its end."""
+    """Start or resume the same run, and finish it."""
     data.load = few
     training.train(Options("cifar_resnet20_sd", "synthetic", epochs=2, batch_size=32, output=output, resume=True))
 
 
 def noted(output: str | Path, name: str = "", rank: str = "", at: str = "", options: str = "{}") -> None:
-    """One of the two processes of a run whose steps are noted in rank*.json beside its folder.
+    """Run one of two training processes, and note its steps in a file next to the run's folder.
 
     Signal `name` is sent to process `rank` just before its step `at`, counted from 0 in this launch. Further options
     are given as JSON.
@@ -51,7 +51,7 @@ def noted(output: str | Path, name: str = "", rank: str = "", at: str = "", opti
         if [str(run.accelerator.process_index), str(index)] == [rank, at]:
             os.kill(os.getpid(), signal.Signals[name])
         step(run, images, labels, gates, batch_size)
-        # Images are told apart by their pixels, in any order and place: their sum over the shifts is not enough.
+        # The mean over channels and pixels tells images apart.
         notes["steps"].append(
             dict(gates=gates.tolist(), labels=labels.tolist(), images=images.mean((1, 2, 3)).tolist(), of=batch_size)
         )
@@ -69,7 +69,7 @@ def noted(output: str | Path, name: str = "", rank: str = "", at: str = "", opti
 
 
 def noted_without_torchrun(rank: int, port: int, errors: Path, *arguments) -> None:
-    """`noted` in the environment that torchrun sets up, given the port of a store; error output goes to a file."""
+    """Run `noted` in the environment that torchrun sets up, given a store's port, with standard error in a file."""
     os.dup2(os.open(errors, os.O_WRONLY), 2)
     os.environ.update(
         RANK=str(rank),

@@ -1,8 +1,8 @@
-"""SIGKILL a training run at random moments, resume it each time, and compare its end with a run never interrupted.
+"""SIGKILL a training run at random moments, resume it each time, and compare the result with an uninterrupted run.
 
-`python tests/sigkill.py --kills 20`, or with `--data-dir data` on the real CIFAR-10. Every other kill waits for a
-checkpoint that is being written, and every third is of two processes that were started in the same folder at once. This
-takes minutes, so it is not part of the test suite, which tries every moment of writing on a smaller run.
+`python tests/sigkill.py --kills 20`, or with `--data-dir data` on the real CIFAR-10. Every other kill waits until a
+checkpoint is being written, and every third hits two processes that were started in the same folder at once. This takes
+minutes, so it is not part of the test suite, which tries every moment of writing on a smaller run.
 """
 
 import argparse
@@ -26,14 +26,14 @@ def start(folder: Path, flags: list[str]) -> subprocess.Popen:
 
 
 def end_of(folder: Path) -> tuple[bytes, list[dict]]:
-    """Weights and metrics of a finished run, times aside."""
+    """A finished run's weights and metrics, without times."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     metrics = [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in lines]
     return (folder / "model.safetensors").read_bytes(), metrics
 
 
 def kill(rivals: list[subprocess.Popen], folder: Path, delay: float, while_writing: bool) -> None:
-    """Kill what still runs after `delay` seconds and, if asked, once a checkpoint is half written."""
+    """Kill the processes after `delay` seconds, with `while_writing` once a checkpoint is half written."""
     moment = time.monotonic() + delay
     while any(run.poll() is None for run in rivals):
         if time.monotonic() >= moment and (not while_writing or (folder / "checkpoints" / "partial").exists()):
@@ -44,7 +44,7 @@ def kill(rivals: list[subprocess.Popen], folder: Path, delay: float, while_writi
 
 
 def check_end(run: subprocess.Popen) -> int:
-    """The status of a process that has been killed, has come to its end, or was refused as the second in a folder."""
+    """Check that a process was killed, finished, or was refused as the second in a folder; return its status."""
     _, errors = run.communicate()
     refused = "another process is training or publishing in" in errors and errors.count("\n") == 1
     assert run.returncode in ((1, -signal.SIGKILL) if refused else (0, -signal.SIGKILL)), errors

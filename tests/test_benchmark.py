@@ -1,4 +1,4 @@
-"""What the benchmark compares is what it says it compares."""
+"""The benchmark compares what it says it compares."""
 
 import copy
 import importlib.util
@@ -29,7 +29,7 @@ def peers():
 
 @pytest.fixture
 def _one_thread():
-    """Steps this small only wait for each other on more."""
+    """Steps this small are slower on several threads."""
     torch.set_num_threads(1)
 
 
@@ -44,7 +44,7 @@ def benchmark(monkeypatch):
 
 @pytest.mark.parametrize("peer", ["timm DropPath", "torchvision, mode batch"])
 def test_peers_compute_what_they_drop(benchmark, peer):
-    """Each branch runs in every training step, with its block's probability of being dropped."""
+    """Every branch is computed in every training step, and dropped with its block's probability."""
     network = timm.create_model("cifar_resnet20_sd").train()
     survival = [gate.survival for gate in gates(network)]
     branches = [block.branch for block in stochastic_blocks(network)]
@@ -61,8 +61,8 @@ def test_peers_compute_what_they_drop(benchmark, peer):
 
 
 def test_the_clock_of_the_stages(benchmark, monkeypatch):
-    """With a clock that ticks whenever it is read: a tick for each forward and backward, and one more for each
-    neighbour whose backward begins or ends at the same tensor."""
+    """The clock ticks whenever it is read: once per forward and backward, and once more for each neighboring stage,
+    since both stages' backward passes read it at the tensor between them."""
     ticks = iter(range(1000))
     monkeypatch.setattr(benchmark, "now", lambda: next(ticks))
     network = timm.create_model("cifar_resnet20").train()
@@ -106,7 +106,7 @@ def vit_blocks(drop_path):
 
 
 def test_dinov2_form_is_mode_count(peers):
-    """Drawn from the same seed, it keeps the same samples, and so has the same outputs and gradients."""
+    """With the same seed it keeps the same samples, so outputs and gradients are equal."""
     networks = [skip_drop_path(vit_blocks(0.4), "count"), nn.Sequential(*map(peers.DinoV2Block, vit_blocks(0.4)))]
     x = torch.randn(8, 5, 16)
     results = []
@@ -114,7 +114,7 @@ def test_dinov2_form_is_mode_count(peers):
         torch.manual_seed(1)
         output = network(x)
         output.square().sum().backward()
-        # In order of the gradients' norms, since the parameters have other names and places.
+        # Sorted by norm, since the parameters have other names and another order.
         gradients = sorted((p.grad.flatten() for p in network.parameters()), key=lambda g: g.norm().item())
         results.append([output, *gradients])
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
@@ -122,7 +122,7 @@ def test_dinov2_form_is_mode_count(peers):
 
 @pytest.mark.parametrize(("rate", "computed"), [(0.4, 4), (0.95, 1), (0.1, 8)])
 def test_dinov2_form_computes_only_the_kept_samples(peers, rate, computed):
-    """Not at a rate of a tenth, up to which DINOv2 has DropPath."""
+    """Except at rates of up to 0.1, for which DINOv2 uses DropPath."""
     (block, _) = vit_blocks(rate)
     peer = peers.DinoV2Block(copy.deepcopy(block))
     with FlopCounterMode(display=False) as counted:
@@ -134,7 +134,7 @@ def test_dinov2_form_computes_only_the_kept_samples(peers, rate, computed):
 
 @pytest.mark.parametrize("model", ["test_convnext", "resnet18"])
 def test_backward_flops_of_convolutions(peers, model):
-    """Twice the forward pass's, but for the first convolution, whose input needs no gradient."""
+    """Twice those of the forward pass, except for the first convolution, whose input needs no gradient."""
     network = timm.create_model(model)
     first = next(module for module in network.modules() if isinstance(module, nn.Conv2d))
     x = torch.randn(1, *network.pretrained_cfg["input_size"])
@@ -170,7 +170,7 @@ def test_what_is_dropped(peers):
 
 
 def test_the_clock_of_the_branches(peers):
-    """With a clock that ticks whenever it is read: a tick for each branch's forward, one for its backward."""
+    """The clock ticks whenever it is read: once for each branch's forward pass and once for its backward pass."""
     ticks = count()
     step, seconds = peers.make_clocked_step("test_vit", 0.4, 2, lambda: next(ticks))
     calls = len(peers.survival_of("test_vit", 0.4))
@@ -181,7 +181,7 @@ def test_the_clock_of_the_branches(peers):
 
 
 def test_savings(peers):
-    """Against no drop path; the ratio is to DropPath."""
+    """Savings are relative to no drop path, ratios to DropPath."""
     measured = {
         "no drop path": peers.Measured(2.0, 2.0, 0.0, 5e9, 100),
         "DropPath": peers.Measured(2.1, 1.6, 0.2, 5e9, 120),

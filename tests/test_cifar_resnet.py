@@ -1,4 +1,4 @@
-"""The networks: their sizes, their initialization, and that timm cannot tell them from its own."""
+"""The networks: architecture, initialization, arguments, and timm's interface."""
 
 import copy
 import math
@@ -36,7 +36,7 @@ def test_registry():
     assert timm.list_models("cifar_resnet*") == NAMES
     assert timm.list_models(module="cifar_resnet") == NAMES
     tagged = timm.list_models("cifar_resnet*", include_tags=True)
-    short = [name for name in tagged if "_cifar" in name]  # of weights trained for fewer epochs than the paper's
+    short = [name for name in tagged if "_cifar" in name]  # weights trained for fewer epochs than the paper's
     assert short == timm.list_pretrained("cifar_resnet*")
     assert [name for name in tagged if name not in short] == [
         f"{name}.{tag}" for name in NAMES for tag in ("cifar10", "cifar100", "svhn")
@@ -65,7 +65,7 @@ def test_size(name):
     n = (depth - 2) // 6
     layers = [module for module in network.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
     assert len(layers) == depth
-    # Counted from He et al.'s description: 3x3 convolutions without bias, each with a normalization's scale and shift.
+    # Counted from He et al.'s description: 3x3 convolutions without bias, each followed by a scale and a shift.
     convolutions = [(3, 16)] + [(16, 16)] * 2 * n
     convolutions += [(16, 32)] + [(32, 32)] * (2 * n - 1) + [(32, 64)] + [(64, 64)] * (2 * n - 1)
     expected = sum(9 * inputs * outputs + 2 * outputs for inputs, outputs in convolutions) + 64 * 10 + 10
@@ -88,7 +88,7 @@ def test_forward_cost_is_the_published_one():
 
 
 def test_output_by_hand():
-    """The network written once more as plain functions, with option A's shortcut from slices and means."""
+    """The network rewritten as plain functions, with option A's shortcut made of slices and means."""
     network = create().eval()
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -214,7 +214,7 @@ def test_pooling(pool, features):
     assert network(images()).shape == (2, 10)
 
 
-# timm's interface, beyond its own tests
+# timm's interface, where timm's own tests do not cover it
 
 
 def test_data_configuration():
@@ -305,7 +305,7 @@ def test_exports():
 
 
 def test_torchscript_does_not_train_with_stochastic_depth():
-    """It would compute every block; a plain network trains as it does without."""
+    """TorchScript would compute every block. A plain network can be trained as usual."""
     network = create().eval()
     scripted = torch.jit.script(network)
     torch.testing.assert_close(scripted(images()), network(images()))

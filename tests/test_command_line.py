@@ -1,4 +1,4 @@
-"""Whatever is typed or goes wrong, a script says it in one line, and says it at all."""
+"""Whatever the user types and whatever goes wrong, a script reports it in one line."""
 
 import contextlib
 import signal
@@ -25,7 +25,7 @@ def test_one_line():
     assert str(UserError("a\nb")) == "a b"
 
 
-def test_what_is_typed_is_said_in_one_line(command):
+def test_user_input_is_quoted_in_one_line(command):
     for name in ("\x1b[31mred", "two\nlines", "x" * 100_000):
         for arguments in (("--model", name), ("--epochs", name), (f"--{name}",)):
             status, out, err = command("train", "--dataset", "synthetic", *arguments)
@@ -47,7 +47,7 @@ def test_what_is_typed_is_said_in_one_line(command):
         ("/", "a run needs a folder of its own"),
     ],
 )
-def test_paths_that_cannot_be(command, path, message):
+def test_impossible_paths(command, path, message):
     status, out, err = command("train", "--dataset", "synthetic", "--output", path)
     assert status in (1, 2)
     assert out == ""
@@ -64,7 +64,7 @@ def test_a_tilde_is_the_home_folder(monkeypatch):
 
 @pytest.mark.parametrize("name", ["train", "validate", "figures", "publish", "benchmark"])
 def test_ctrl_c_while_a_script_imports(tmp_path, name):
-    """It comes at the first import after those of Python itself."""
+    """The signal arrives during a script's first import."""
     (tmp_path / "argparse.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
     done = subprocess.run(
         [sys.executable, SCRIPTS / f"{name}.py"], env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
@@ -72,7 +72,7 @@ def test_ctrl_c_while_a_script_imports(tmp_path, name):
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
 
 
-def test_scripts_name_what_is_not_installed(tmp_path):
+def test_missing_packages_are_named(tmp_path):
     program = """
 import importlib.util, runpy, sys
 find = importlib.util.find_spec
@@ -93,7 +93,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
     assert (done.returncode, done.stdout, done.stderr) == (1, "", message)
 
 
-def test_the_package_needs_nothing_that_training_does():
+def test_the_package_works_without_what_training_needs():
     program = """
 import sys
 for name in ("accelerate", "jinja2", "matplotlib"):
@@ -111,7 +111,7 @@ def test_ctrl_c_later(capsys):
         signal.raise_signal(signal.SIGINT)
 
 
-def test_a_run_outlives_its_output(command, few_images, tmp_path):
+def test_a_run_finishes_without_its_output(command, few_images, tmp_path):
     program = ["--model", "cifar_resnet20_sd", "--dataset", "synthetic", "--epochs", "2", "--output", tmp_path / "run"]
     with open("/dev/full", "w") as full, contextlib.redirect_stdout(full):
         status, _, err = command("train", *program)
@@ -122,7 +122,7 @@ def test_a_run_outlives_its_output(command, few_images, tmp_path):
     assert (tmp_path / "run" / "summary.json").exists()
 
 
-def test_text_that_the_terminal_has_not(monkeypatch, tmp_path):
+def test_text_that_the_terminal_cannot_show(monkeypatch, tmp_path):
     with open(tmp_path / "out", "w", encoding="ascii") as file:
         monkeypatch.setattr(sys, "stdout", file)
         with one_line_errors("train.py"):

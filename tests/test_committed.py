@@ -1,4 +1,4 @@
-"""What is committed of runs comes from their committed logs: figures, pages, cards and packaged weights."""
+"""The committed figures, pages, cards and packaged weights come from the committed logs of the runs."""
 
 import json
 import re
@@ -14,11 +14,11 @@ from timm_sd.training import create_network
 
 ROOT = Path(__file__).parents[1]
 CARDS = [ROOT / "model_cards" / name for name in NAMES]
-ALL_CARDS = sorted((ROOT / "model_cards").iterdir())  # not all of them have weights in the package
+ALL_CARDS = sorted((ROOT / "model_cards").iterdir())  # some of their weights are not in the package
 
 
 def texts(svg):
-    """All that is written in a figure: its labels, numbers and ticks."""
+    """All text in a figure: labels, numbers and ticks."""
     return re.findall(r"<!-- (.*?) -->", svg.read_text())
 
 
@@ -57,7 +57,7 @@ def test_the_table_of_models(card):
     assert f"{record.best['test_error']:.2f}% for" in (ROOT / "docs" / "networks.md").read_text()
 
 
-def test_links_lead_somewhere():
+def test_links_work():
     for page in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")):
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             assert target.startswith("https://") or (page.parent / target).exists(), (page.name, target)

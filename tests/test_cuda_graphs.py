@@ -1,4 +1,4 @@
-"""Replayed blocks against eager ones; where there is no CUDA, with functions called again in place of graphs."""
+"""Replayed blocks against eager ones. Without CUDA, calling a function again stands in for replaying a graph."""
 
 import json
 from contextlib import nullcontext
@@ -18,7 +18,7 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 @pytest.fixture(params=DEVICES)
 def device(request, monkeypatch):
-    """On the CPU, what was captured is called again in place of a replay, its result put where the first one was."""
+    """On the CPU, a replay calls the captured function again and puts its result where the first one was."""
     if request.param == "cuda":
         monkeypatch.delenv("ACCELERATE_USE_CPU")
     else:
@@ -57,7 +57,7 @@ def make_twins(name, device):
 
 
 def batches(device):
-    """Two whole batches, a partial one and a whole one again."""
+    """Two full batches, a partial one and another full one."""
     generator = torch.Generator().manual_seed(1)
     for size in (6, 6, 4, 6):
         images = torch.randn(size, 3, 32, 32, generator=generator)
@@ -67,7 +67,7 @@ def batches(device):
 
 @pytest.mark.parametrize("name", ["cifar_resnet20_sd", "cifar_resnet20"])
 def test_graphed_training_is_eager_training(device, name):
-    """Weights, statistics and losses of steps with all sorts of gates, by an optimizer that needs every gradient."""
+    """Weights, statistics and losses agree for all sorts of gates, with an optimizer that needs every gradient."""
     eager, graphed = make_twins(name, device)
     for key, value in eager.state_dict().items():
         assert torch.equal(value, graphed.state_dict()[key]), f"{key} was changed by the capture"
@@ -110,8 +110,8 @@ def test_kept_blocks_are_replayed_and_dropped_ones_are_not(device, monkeypatch):
     assert replayed == [("replay_forward", b) for b in kept] + [("replay_backward", b) for b in reversed(kept)]
 
 
-def test_a_dropped_block_makes_no_gradients(device, monkeypatch):
-    """They are zero as they stand, where eager training has to make them."""
+def test_a_dropped_block_creates_no_gradients(device, monkeypatch):
+    """Its gradients stay the zeros that they are; eager training has to create them."""
     _, graphed = make_twins("cifar_resnet20_sd", device)
     monkeypatch.setattr(gate._ZeroGradients, "apply", None)
     addresses = [parameter.grad.data_ptr() for parameter in graphed.parameters()]
@@ -124,7 +124,7 @@ def test_a_dropped_block_makes_no_gradients(device, monkeypatch):
 
 
 def test_buffers_are_chained(device, monkeypatch):
-    """What enters the first block and the last one's gradient are copied, and what comes past a dropped block."""
+    """Only the input of the first block, the gradient of the last, and what skips a dropped block are copied."""
     _, graphed = make_twins("cifar_resnet20_sd", device)
     copies = []
     copy = cuda_graphs._copy
@@ -155,7 +155,7 @@ def test_evaluation_does_not_use_the_graphs(device):
 
 @pytest.mark.parametrize("forced", [False, True])
 def test_a_run_with_graphs_is_one_without(few_images, tmp_path, device, monkeypatch, forced):
-    """With its last batch of another shape; without CUDA the flag has no effect unless the test forces it."""
+    """The last batch has another shape. Without CUDA the flag has no effect unless the test forces it."""
     options = Options("cifar_resnet20_sd", "synthetic", epochs=1, batch_size=32, output=tmp_path / "eager")
     training.train(options)
     init = training.Run.__init__

@@ -1,4 +1,4 @@
-"""Split, standardization and augmentation against torchvision's and per-image loops."""
+"""Split, standardization and augmentation against torchvision and per-image loops."""
 
 import hashlib
 from collections import Counter
@@ -62,7 +62,7 @@ def epoch_of(images, seed=0, epoch=1, batch_size=16):
     return list(data.training_batches(images, batch_size, make_standardize(), seed, epoch))
 
 
-def test_an_epoch_holds_every_image_once_and_a_partial_last_batch():
+def test_an_epoch_has_every_image_once_and_a_partial_last_batch():
     batches = epoch_of(make_set())
     assert [len(labels) for _, labels in batches] == [16, 16, 16, 2]
     order = torch.cat([labels for _, labels in batches])
@@ -71,7 +71,7 @@ def test_an_epoch_holds_every_image_once_and_a_partial_last_batch():
     assert all(images.is_contiguous(memory_format=torch.channels_last) for images, _ in batches)
 
 
-def test_each_training_image_is_a_shift_of_its_own():
+def test_each_training_image_is_shifted_by_itself():
     images = make_set()
     standardized = torch.nn.functional.pad(make_standardize()(images.images), (4, 4, 4, 4))
     seen = set()
@@ -131,7 +131,7 @@ def test_synthetic_images():
     assert training.labels.bincount().tolist() == [500] * 10
     assert torch.equal(data.draw_shapes(100, seed=4).images, data.draw_shapes(100, seed=4).images)
     assert not torch.equal(training.images[:1000], test.images)
-    # Stripes (8 horizontal, 9 vertical) tell classes apart: their variation runs along different axes.
+    # The stripes of class 8 are horizontal and those of class 9 vertical, so they vary along different axes.
     gradients = [
         np.abs(np.diff(training.images[training.labels == label].float().mean(1).numpy(), axis=axis)).mean()
         for label in (8, 9)
@@ -145,7 +145,7 @@ def test_synthetic_images():
 @pytest.mark.parametrize("download", [False, True])
 def test_cifar_is_torchvisions(monkeypatch, dataset, download):
     class Cifar:
-        """As torchvision's: `data` uint8 of shape (N, 32, 32, 3), `targets` a list."""
+        """Like torchvision's: `data` uint8 of shape (N, 32, 32, 3), `targets` a list."""
 
         def __init__(self, root, train, download):
             self.asked = (root, download)
@@ -183,7 +183,7 @@ def test_corrupt_data(tmp_path):
         data.load("cifar10", tmp_path)
 
 
-def test_an_epoch_goes_on_from_a_step():
+def test_an_epoch_continues_from_a_step():
     whole = epoch_of(make_set())
     rest = list(data.training_batches(make_set(), 16, make_standardize(), 0, 1, first_step=2))
     assert len(rest) == 2
@@ -195,7 +195,7 @@ def test_an_epoch_goes_on_from_a_step():
 
 @pytest.fixture
 def svhn(tmp_path, monkeypatch):
-    """A folder of files in SVHN's format: X of shape (32, 32, 3, N), y of shape (N, 1), and the digit 0 as 10."""
+    """A folder with files in SVHN's format: X of shape (32, 32, 3, N), y of shape (N, 1), with 10 for the digit 0."""
     written = {}
     files = dict(SVHN.split_list)
     for seed, (part, size) in enumerate((("train", 130), ("extra", 250), ("test", 20))):
@@ -225,7 +225,7 @@ def test_svhn_is_train_and_extra_together(svhn):
 
 
 def test_the_authors_split_of_svhn(svhn):
-    """Of each digit, so many from train and so many from extra are for validation, at random."""
+    """A fixed number of images of each digit, from train and from extra, is held out at random."""
     learning, _ = data.load("svhn", svhn[0])
     index = {image.numpy().tobytes(): number for number, image in enumerate(learning.images)}
     training, validation = data.split(learning, 0, "svhn")
@@ -240,7 +240,7 @@ def test_the_authors_split_of_svhn(svhn):
 
 
 def test_the_papers_protocol_for_svhn(svhn, monkeypatch, tmp_path):
-    """No augmentation, 598,388 images an epoch of the real files, and digits as class names."""
+    """No augmentation, 598,388 images per epoch of the real files, and digits as class names."""
     protocol = PROTOCOLS["svhn"]
     assert (protocol.training_images, protocol.held_out, protocol.epochs) == (598_388, 10 * (400 + 200), 50)
     network = timm.create_model("cifar_resnet152_sd.svhn")
@@ -261,7 +261,7 @@ def test_the_papers_protocol_for_svhn(svhn, monkeypatch, tmp_path):
 
 
 def test_validation_images_of_svhn(svhn, command, tmp_path):
-    """The authors' split, not a tenth."""
+    """They are those of the authors' split, not a tenth of the images."""
     file = tmp_path / "weights.safetensors"
     save_file(timm.create_model("cifar_resnet20").state_dict(), file)
     arguments = ["--model", "cifar_resnet20", "--checkpoint", file, "--dataset", "svhn", "--data-dir", svhn[0]]

@@ -1,4 +1,4 @@
-"""A run in two processes, compared with its computation by hand in one."""
+"""A run in two processes against the same run computed by hand in one."""
 
 import json
 import os
@@ -27,7 +27,7 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 
 def torchrun(program, *arguments):
-    """Run a program in two processes; its exit status and error output."""
+    """Run a program in two processes; return the exit status and standard error."""
     done = subprocess.run(
         [*TORCHRUN, program, *arguments],
         env=os.environ | {"PYTHONWARNINGS": "default"},
@@ -39,7 +39,7 @@ def torchrun(program, *arguments):
 
 
 def launch(output, *arguments):
-    """`runs.noted` in two processes forked with the imports already done; their exit statuses and error outputs."""
+    """Run `runs.noted` in two forked processes; return their exit statuses and what each wrote to standard error."""
     store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     errors = [output.with_name(f"errors{rank}") for rank in (0, 1)]
     for file in errors:
@@ -50,7 +50,7 @@ def launch(output, *arguments):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The folder of a run in two processes, what each process noted, and what they printed as errors and warnings."""
+    """The folder of a run in two processes, what each process noted, and what they wrote to standard error."""
     folder = tmp_path_factory.mktemp("distributed") / "run"
     status, errors = torchrun(runs.__file__, folder)
     assert status == 0, errors
@@ -91,7 +91,7 @@ def test_every_training_image_once_an_epoch(run):
 
 
 def test_it_is_the_protocol(run):
-    """The mean gradient over an unevenly divided batch, statistics a process, those of the first kept, and metrics."""
+    """Mean gradients over unevenly divided batches, statistics of each process (the first's are kept), and metrics."""
     folder, _, _ = run
     options = Options("cifar_resnet20_sd", "synthetic", epochs=2, batch_size=64)
     states, history = protocol_by_hand(options, *runs.uneven("synthetic", None), processes=2)
@@ -105,7 +105,7 @@ def test_it_is_the_protocol(run):
 
 
 def test_regularizers(tmp_path):
-    """The same for the whole batch as in one process, and again after one of the processes was stopped."""
+    """They are drawn for the whole batch as in one process, also after one of the two was stopped and resumed."""
     folder, arguments = tmp_path / "run", json.dumps(REGULARIZERS)
     statuses, errors = launch(folder, "SIGTERM", "1", "1", arguments)
     assert statuses == [1, 1], errors
@@ -123,7 +123,7 @@ def test_regularizers(tmp_path):
 
 
 def test_interrupted_and_resumed(run, tmp_path, monkeypatch):
-    """A signal to one process stops both within an epoch, then one is killed; both go on to the same end."""
+    """A signal to one process stops both within an epoch, later one is killed; the result is the same."""
     folder, notes, _ = run
     interrupted = tmp_path / "run"
     statuses, errors = launch(interrupted, "SIGTERM", "1", "1")
@@ -136,7 +136,7 @@ def test_interrupted_and_resumed(run, tmp_path, monkeypatch):
     assert len(sums) == 2
     assert sums[0] != sums[1]
 
-    # One process takes over what two have summed.
+    # A single process continues from the sums of two.
     shutil.copytree(interrupted, tmp_path / "alone")
     with monkeypatch.context() as patch:
         patch.setattr(data, "load", runs.uneven)
@@ -161,7 +161,7 @@ def test_interrupted_and_resumed(run, tmp_path, monkeypatch):
         assert resumed["parameters"] == expected["parameters"]
 
 
-def test_missing_data_are_said_once(tmp_path):
+def test_missing_data_is_reported_once(tmp_path):
     status, errors = torchrun(SCRIPTS / "train.py", "--data-dir", tmp_path, "--output", tmp_path / "run")
     assert status != 0
     assert errors.count("train.py: cifar10 is missing or corrupt") == 1
@@ -169,8 +169,8 @@ def test_missing_data_are_said_once(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_the_sum_takes_the_order_of_the_processes(monkeypatch):
-    """1e8 + 1 - 1e8 is 0 in float32 and 1 in any order that adds the large ones first."""
+def test_gradients_are_summed_in_order_of_rank(monkeypatch):
+    """In float32, 1e8 + 1 - 1e8 is 0, but 1 if the large terms are added first."""
     parts = [torch.tensor([value]) for value in (1e8, 1.0, -1e8)]
 
     future = torch.futures.Future()
@@ -198,7 +198,7 @@ def test_the_sum_takes_the_order_of_the_processes(monkeypatch):
 
 
 class Processes:
-    """An Accelerator of more processes than there are."""
+    """Stands in for an Accelerator with several processes."""
 
     mixed_precision, gradient_accumulation_steps, device = "no", 1, torch.device("cpu")
 

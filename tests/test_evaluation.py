@@ -1,4 +1,4 @@
-"""Evaluation and the script around it, against counting by hand."""
+"""Evaluation and `validate.py` against counts by hand."""
 
 import json
 
@@ -47,7 +47,7 @@ def run(few_images, tmp_path, capsys):
 
 
 def test_a_runs_weights_have_its_errors(command, run):
-    """On the split of its own seed, told by the run alone."""
+    """`--run` is enough to tell the model, the data set and the split."""
     metrics = json.loads((run / "metrics.jsonl").read_text())
     learning, test = data.load("synthetic", None)
     for split, part in (("validation", data.split(learning, 3, "synthetic")[1]), ("test", test)):
@@ -63,7 +63,7 @@ def test_a_runs_weights_have_its_errors(command, run):
 
 
 def test_weights_alone(command, run):
-    """In the network they were trained in and in its plain twin; `--seed` chooses the split."""
+    """In the network that was trained and in its plain twin; `--seed` selects the split."""
     metrics = json.loads((run / "metrics.jsonl").read_text())
     for model in ("cifar_resnet20_sd", "cifar_resnet20"):
         arguments = ["--model", model, "--checkpoint", run / "model.safetensors", "--dataset", "synthetic"]
@@ -72,7 +72,7 @@ def test_weights_alone(command, run):
 
 
 def test_left_out_blocks(command, run, network):
-    """Blocks 3 and 4 by hand: the fourth is the first of the second group, with pooling and padding for a shortcut."""
+    """Block 4 is the first of the second group, so its shortcut pools and pads."""
     _, out, _ = command("validate", "--run", run, "--drop-blocks", "3,4")
     network.load_state_dict(load_file(run / "model.safetensors"))
     _, test_set = data.load("synthetic", None)

@@ -1,4 +1,4 @@
-"""The examples run as they are, on small data."""
+"""The examples run as they are on small data."""
 
 import re
 import runpy
@@ -19,7 +19,7 @@ COLORS = {"blue": (40, 40, 220), "green": (40, 220, 40), "red": (220, 40, 40)}
 
 @pytest.fixture
 def images(tmp_path):
-    """A folder with a folder of ten images for each color."""
+    """A folder of images: ten of each color, in a folder of that name."""
     folder = tmp_path / "images"
     for name, color in COLORS.items():
         (folder / name).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Figures and the page of results, drawn from small made-up logs: what they show is what the logs say."""
+"""Figures and the page of results, made from small invented logs, show what the logs say."""
 
 import argparse
 import json
@@ -30,7 +30,7 @@ STEPS = 9  # of 4,500 images in batches of 500
 
 @pytest.fixture
 def made_up(tmp_path, monkeypatch):
-    """Write the folder of a run of 20 layers on the synthetic shapes, with metrics linear in epoch and seed."""
+    """Write the folder of an invented run of 20 layers on the synthetic images."""
     monkeypatch.chdir(tmp_path)
 
     def write(name, model="cifar_resnet20_sd", seed=0, test_error=20.0, images_per_second=100.0, **changes):
@@ -66,7 +66,7 @@ def made_up(tmp_path, monkeypatch):
                     active_blocks=float(np.mean([gate.sum() for gate in gates])),
                     conv1_gradient=(0.02 if stochastic else 0.01) / epoch,
                     images_per_second=images_per_second,
-                    validation_error=30.0 - epoch if epoch < EPOCHS else 29.0,  # the last but one is the best
+                    validation_error=30.0 - epoch if epoch < EPOCHS else 29.0,  # the second to last is the best
                     test_error=test_error + (EPOCHS - 1 - epoch) if epoch < EPOCHS else test_error + 5,
                     seconds=60.0,
                 )
@@ -90,7 +90,7 @@ def pair(made_up):
 
 
 def line(axes, label):
-    """The points of a labeled line."""
+    """The points of the line with a label."""
     (found,) = (line for line in axes.lines if line.get_label() == label)
     return np.asarray(found.get_xydata(), dtype=float)
 
@@ -106,7 +106,7 @@ def test_figure_3(pair):
     figure = figures.learning_curves(pair)
     errors, losses = figure.axes
     epochs = np.arange(1, 9)
-    # Seeds of 10 and 14 at the best epoch are 12 in the mean, as is the constant one.
+    # The two seeds have 10 and 14 at the best epoch, so their mean is 12, like the one at constant depth.
     falling = np.array([18, 17, 16, 15, 14, 13, 12, 17])
     for group in (CONSTANT, STOCHASTIC):
         assert np.array_equal(line(errors, f"test error, {group}"), np.column_stack([epochs, falling]))
@@ -299,11 +299,11 @@ def test_times_of_two_machines_are_not_compared(command, made_up):
         (dict(), r"a and b are the same run, with seed 0"),
     ],
 )
-def test_what_does_not_belong_together_is_named(command, made_up, changes, message):
+def test_runs_that_cannot_be_compared_are_named(command, made_up, changes, message):
     made_up("a")
     try:
         made_up("b", **changes)
-    except UserError:  # the unfinished one, which the command meets too
+    except UserError:  # the run is unfinished, as the command will find
         assert "epochs" in changes
     status, _, err = command("figures", "--runs", "a", "b", "--out", "out")
     assert status == 1
@@ -331,7 +331,7 @@ def test_a_folder_without_a_run(command, tmp_path):
 
 
 def test_the_same_run_twice_in_a_sweep_is_noticed(command, made_up):
-    """Once by its name's own p_L, once by --drop-path."""
+    """One has p_L by its name, the other by --drop-path."""
     made_up("a")
     made_up("b", drop_path=0.5)
     status, _, err = command("figures", "--runs", "a", "--sweep", "a", "b", "--out", "out")
@@ -348,7 +348,7 @@ def test_out_is_a_file(command, made_up):
 
 
 def change(file, key, value=None):
-    """In the first line of a file of JSON, or in the options or the environment of config.json."""
+    """Change an entry, or remove it, in the first line of a JSON file or in config.json's options or environment."""
     path = Path("a") / file
     content = json.loads(path.read_text().splitlines()[0])
     owner = content
@@ -442,7 +442,7 @@ def test_a_damaged_run_is_named(command, made_up, damage, message):
 
 
 def test_the_published_figure_is_that_of_the_network(made_up):
-    """Whatever its name: cifar_resnet110 with p_L = 0.5 is the paper's, cifar_resnet110_sd with another is not."""
+    """Names do not matter: cifar_resnet110 with p_L = 0.5 is the paper's, cifar_resnet110_sd with another is not."""
     options = dict(dataset="cifar10", epochs=EPOCHS)
     for name, drop_path, schedule, expected in (
         ("cifar_resnet110", None, "linear", (6.41, "Huang et al.")),
@@ -461,7 +461,7 @@ def test_the_published_figure_is_that_of_the_network(made_up):
         assert record.published == expected, folder
 
 
-def test_the_images_that_figures_reckon_with(made_up):
+def test_the_number_of_training_images(made_up):
     learning, _ = data.load("synthetic", None)
     assert made_up("a").protocol.training_images == len(data.split(learning, 0, "synthetic")[0]) == 4500
     assert made_up("b", dataset="cifar10").protocol.training_images == 45_000
@@ -482,7 +482,7 @@ def test_the_images_that_figures_reckon_with(made_up):
         ),
     ],
 )
-def test_the_command_that_trains_it_again(made_up, changes, words):
+def test_the_command_that_reproduces_a_run(made_up, changes, words):
     precision = "bf16" if changes else "no"
     record = made_up("a", environment=changes, mixed_precision=precision, grad_checkpointing=True)
     options = "--model cifar_resnet20_sd --dataset synthetic --epochs 8 --batch-size 500 --grad-checkpointing"
@@ -515,7 +515,7 @@ def test_regularizers_and_probabilities_are_named(command, made_up):
 
 
 def test_ticks_of_a_narrow_range(pair):
-    """In both halves of what is seen."""
+    """There is one in each half of the axis."""
     (axes,) = figures.gradients(pair).axes
     low, high = axes.get_ylim()
     ticks = [tick for tick in (*axes.get_yticks(), *axes.get_yticks(minor=True)) if low < tick < high]

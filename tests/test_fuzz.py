@@ -1,4 +1,4 @@
-"""A few of the cases of tests/fuzz.py, which tries thousands."""
+"""A few of the cases of tests/fuzz.py, which can try thousands."""
 
 import fuzz
 import pytest
@@ -6,7 +6,7 @@ import pytest
 from timm_sd import cifar_resnet
 
 
-@pytest.mark.filterwarnings("ignore")  # the client's, of what the Hub says
+@pytest.mark.filterwarnings("ignore")  # the client warns of what the Hub says
 @pytest.mark.parametrize(("kind", "cases"), [("weights", 50), ("run", 24), ("hub", 16)])
 def test_damage_is_refused_in_one_line_or_does_no_harm(tmp_path, monkeypatch, kind, cases):
     fuzz.use_few_images(monkeypatch)
@@ -14,7 +14,7 @@ def test_damage_is_refused_in_one_line_or_does_no_harm(tmp_path, monkeypatch, ki
     assert {fuzz.run_case(kind, whole, 0, case) for case in range(cases)} == {"refused", "unharmed"}
 
 
-def test_harm_is_seen(tmp_path, monkeypatch):
+def test_harm_is_noticed(tmp_path, monkeypatch):
     monkeypatch.setattr(cifar_resnet, "check_values", lambda *_: None)
     whole = fuzz.whole_weights(tmp_path)
     with pytest.raises(AssertionError, match="it was loaded"):

@@ -1,4 +1,4 @@
-"""Publishing to and loading from a Hub on loopback, with the real client and the real timm."""
+"""Publish to a Hub on loopback and load from it, with the real client and the real timm."""
 
 import json
 import os
@@ -48,7 +48,7 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def run(finished, tmp_path, monkeypatch):
-    """A copy of it, in the working directory; the user is ann."""
+    """A copy of it in the working directory. The user is ann."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     shutil.copytree(finished, "run")
@@ -68,7 +68,7 @@ def logits_of(network):
 
 
 def logits_of_run(run):
-    """Without anything that publishing does."""
+    """The logits of a run's weights, loaded without the Hub."""
     network = timm.create_model("cifar_resnet20_sd", drop_path_rate=0.4)
     network.load_state_dict(load_file(run / "model.safetensors"))
     return logits_of(network)
@@ -118,7 +118,7 @@ def test_load_in_a_fresh_cache(publish, hub, run, tmp_path):
     assert {line.split("/")[-1] for line in hub.requests} == {"config.json", "model.safetensors"}
 
 
-def test_a_loaded_network_adapts_as_any_of_timms(publish, run, tmp_path):
+def test_a_loaded_network_adapts_like_any_timm_model(publish, run, tmp_path):
     publish()
     expected = logits_of_run(run)
     name, cache = f"hf-hub:{REPO}", tmp_path / "cache"
@@ -131,7 +131,7 @@ def test_a_loaded_network_adapts_as_any_of_timms(publish, run, tmp_path):
 
 
 def test_the_plain_twins_weights_are_the_function_without_probabilities(publish, run, tmp_path):
-    """Which the card says for code that knows none: entries `survival` of 1, as if they were not there."""
+    """As the card says: the plain twin's probabilities are all 1, so other code can ignore them."""
     publish()
     model = load(f"hf-hub:{REPO}", tmp_path / "cache")
     plain = timm.create_model("cifar_resnet20", num_classes=10)
@@ -154,7 +154,7 @@ def test_private(publish, hub, tmp_path, monkeypatch):
         load(f"hf-hub:{REPO}", tmp_path / "cache of nobody")
 
 
-def test_private_is_not_asked_in_vain(publish, hub):
+def test_private_for_a_public_repository(publish, hub):
     hub.create(REPO)
     status, _, err = publish("--private")
     assert (status, err) == (
@@ -166,7 +166,7 @@ def test_private_is_not_asked_in_vain(publish, hub):
 
 @pytest.mark.parametrize("branch", ["v1", "runs/first"])
 def test_revision(publish, hub, run, tmp_path, branch):
-    for _ in range(2):  # the branch is created, then it is there
+    for _ in range(2):  # first the branch is created, then it exists
         assert publish("--revision", branch)[0] == 0
     assert len(hub.commits(REPO, branch)) == 2
     assert hub.commits(REPO) == ["initial commit"]
@@ -187,7 +187,7 @@ def test_the_cache_when_the_server_is_gone(publish, hub, run, tmp_path):
 
 
 def test_offline_mode(publish, hub, run, tmp_path):
-    """In a process of its own, for the client reads HF_HUB_OFFLINE when it is imported."""
+    """In a process of its own, since the client reads HF_HUB_OFFLINE when it is imported."""
     publish()
     load(f"hf-hub:{REPO}", tmp_path / "cache" / "hub")
     hub.requests.clear()
@@ -211,7 +211,7 @@ def test_no_token(publish, hub, monkeypatch):
     assert hub.requests == []
 
 
-def test_a_token_that_is_none(publish, hub, monkeypatch):
+def test_an_unknown_token(publish, hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_no_such_token")
     status, _, err = publish()
     assert status == 1
@@ -220,7 +220,7 @@ def test_a_token_that_is_none(publish, hub, monkeypatch):
     assert not hub.folder(REPO).exists()
 
 
-def test_the_namespace_of_another(publish, hub):
+def test_the_namespace_of_another_user(publish, hub):
     status, _, err = publish(repo_id="bob/small-sd")
     assert (status, err) == (
         1,
@@ -232,14 +232,14 @@ def test_the_namespace_of_another(publish, hub):
     assert hub.commits("bob/small-sd") == ["initial commit"]
 
 
-def test_a_repository_that_is_not_there(hub, tmp_path):
+def test_a_missing_repository(hub, tmp_path):
     with pytest.raises(RepositoryNotFoundError, match="ann/nothing"):
         load("hf-hub:ann/nothing", tmp_path / "cache")
 
 
 @pytest.mark.parametrize("request_", [("POST", "/commit/"), ("PUT", "/lfs/"), ("POST", "objects/batch")])
-def test_an_error_in_mid_upload_and_a_retry(publish, hub, request_, tmp_path):
-    hub.faults[request_] = 501  # one that the client does not try again by itself
+def test_an_error_during_the_upload_and_a_retry(publish, hub, request_, tmp_path):
+    hub.faults[request_] = 501  # the client does not retry after this one
     status, _, err = publish()
     assert status == 1
     assert err.startswith(
@@ -253,7 +253,7 @@ def test_an_error_in_mid_upload_and_a_retry(publish, hub, request_, tmp_path):
     assert set(hub.files(REPO)) == FILES | {".gitattributes"}
 
 
-def test_the_client_repeats_a_part_by_itself(publish, hub):
+def test_the_client_retries_a_part(publish, hub):
     hub.faults["PUT", "/lfs/"] = 503
     assert publish()[0] == 0
     assert len(hub.commits(REPO)) == 2
@@ -271,7 +271,7 @@ def test_no_server(publish, hub, run):
 
 
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
-def test_a_truncated_download_is_no_network(publish, hub, run, tmp_path, file):
+def test_a_truncated_download_is_not_loaded(publish, hub, run, tmp_path, file):
     publish()
     hub.faults["GET", file] = "short"
     with pytest.raises(OSError, match=r"Consistency check failed"):
@@ -279,7 +279,7 @@ def test_a_truncated_download_is_no_network(publish, hub, run, tmp_path, file):
     assert torch.equal(logits_of(load(f"hf-hub:{REPO}", tmp_path / "cache")), logits_of_run(run))
 
 
-def test_a_connection_lost_goes_on_where_it_was(publish, hub, run, tmp_path):
+def test_a_download_continues_after_a_lost_connection(publish, hub, run, tmp_path):
     publish()
     hub.faults["GET", "model.safetensors"] = "cut"
     assert torch.equal(logits_of(load(f"hf-hub:{REPO}", tmp_path / "cache")), logits_of_run(run))
@@ -300,8 +300,8 @@ def test_weights_of_another_architecture(publish, hub, tmp_path):
                 load(f"hf-hub:{REPO}", tmp_path / "cache", **kwargs)
 
 
-def test_weights_that_lack_one(publish, hub, tmp_path):
-    """Also where timm no longer asks for all of them, for other classes."""
+def test_weights_with_one_missing(publish, hub, tmp_path):
+    """It is noticed even with other classes, where timm does not load strictly."""
     publish()
     for key in ("bn1.bias", "stages.0.1.survival"):
         weights = timm.create_model("cifar_resnet20_sd").state_dict()
@@ -350,8 +350,8 @@ def test_without_a_repository(command, hub, run, tmp_path):
     assert set(content_of(tmp_path / "model_cards" / "cifar_resnet20_sd.e2_synthetic")) == FILES - {"model.safetensors"}
 
 
-def test_timms_old_cache_is_passed_by(hub, tmp_path, monkeypatch):
-    """It holds pickles, which timm would prefer to the Hub's file."""
+def test_timms_old_cache_is_not_used(hub, tmp_path, monkeypatch):
+    """It contains pickles, which timm would prefer to the Hub's file."""
     monkeypatch.setattr(_builder, "_USE_OLD_CACHE", True)
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
     (tmp_path / "checkpoints").mkdir()
@@ -491,7 +491,7 @@ def test_a_run_that_cannot_be_published(publish, hub, run, tmp_path, break_, mes
 
 
 def test_a_full_disk_leaves_what_was_there(publish, hub, run):
-    """Of files of at most half a megabyte, as the system sees to it: the weights are larger."""
+    """A limit of half a megabyte per file, less than the weights, stands in for a full disk."""
     publish()
     before = content_of(run / "hub")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -509,7 +509,7 @@ def test_a_full_disk_leaves_what_was_there(publish, hub, run):
 
 
 def test_one_at_a_time(publish, hub, run):
-    """The folder `hub` is not replaced while another process makes or uploads it, nor while the run is resumed."""
+    """The folder `hub` is not replaced while another process makes it, uploads it or resumes the run."""
     with FileLock(run / "lock"):
         status, _, err = publish()
     assert status == 1
@@ -580,7 +580,7 @@ def test_private_and_revision_need_a_repository(command, run):
         )
 
 
-def test_the_token_is_nowhere(publish, hub, run, tmp_path):
+def test_the_token_is_never_printed_or_written(publish, hub, run, tmp_path):
     said = [publish(), publish(repo_id="bob/small-sd")]
     hub.faults["POST", "/commit/"] = 501
     (run / "config.json").write_text((run / "config.json").read_text().replace('"processor": "', '"processor": "no '))
@@ -630,7 +630,7 @@ def test_the_card_says_what_the_run_says(publish, hub, run, tmp_path):
 
 
 def test_the_card_of_the_papers_protocol(command, run, tmp_path):
-    """What a run of 500 epochs on CIFAR-10 would say, made up from this one."""
+    """Of a run of 500 epochs on CIFAR-10, invented from this one."""
     config = json.loads((run / "config.json").read_text())
     config["options"] |= dict(dataset="cifar10", epochs=500, batch_size=128, drop_path=None)
     (run / "config.json").write_text(json.dumps(config))
@@ -648,7 +648,7 @@ def test_the_card_of_the_papers_protocol(command, run, tmp_path):
     assert "accelerate launch train_scripts/train.py --model cifar_resnet20_sd\n" in card.text
 
 
-def test_a_published_folder_is_still_a_runs(publish, run):
+def test_a_published_folder_is_also_a_runs_folder(publish, run):
     publish()
     published, record = Record.read(run / "hub"), Record.read(run)
     assert (published.options, published.history) == (record.options, record.history)

@@ -1,4 +1,4 @@
-"""torch.hub finds the networks in a checkout, also where timm_sd is not installed."""
+"""torch.hub finds the networks in a checkout, even if timm_sd is not installed."""
 
 import os
 import subprocess
@@ -22,7 +22,7 @@ def no_network(hub):
 
 @pytest.fixture
 def repository(tmp_path, monkeypatch):
-    """The checkout where torch.hub keeps what it has downloaded."""
+    """The checkout, in the folder where torch.hub keeps downloads."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     (tmp_path / "torch" / "hub").mkdir(parents=True)
     (tmp_path / "torch" / "hub" / "OWNER_timm-sd_main").symlink_to(ROOT)
@@ -40,12 +40,12 @@ def test_help(repository):
 
 
 @pytest.mark.parametrize("name", ["cifar_resnet110", "cifar_resnet110_sd"])
-def test_pretrained_networks_are_timms(name):
+def test_pretrained_networks_are_those_of_timm(name):
     network = torch.hub.load(ROOT, name, source="local", pretrained=True).eval()
     assert torch.equal(network(IMAGES), timm.create_model(name, pretrained=True).eval()(IMAGES))
 
 
-def test_arguments_are_the_networks_own(repository):
+def test_arguments_reach_the_network(repository):
     network = torch.hub.load(repository, "cifar_resnet20_sd", num_classes=7, drop_path_rate=0.2)
     assert network(IMAGES).shape == (2, 7)
     assert [block.survival for stage in network.stages for block in stage][-1] == pytest.approx(0.8)
@@ -65,7 +65,7 @@ print(sys.modules["timm_sd"].__file__)
 def test_without_an_installation(tmp_path):
     torch.save(IMAGES, tmp_path / "images.pt")
     done = subprocess.run(
-        [sys.executable, "-S", "-c", SCRIPT, str(ROOT)],  # -S: an editable installation is not seen
+        [sys.executable, "-S", "-c", SCRIPT, str(ROOT)],  # -S hides an editable installation
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if Path(path).resolve() != ROOT)},
         capture_output=True,

@@ -24,7 +24,7 @@ TARGETS = {
 
 @pytest.fixture(scope="module")
 def trained():
-    """A network whose parameters and statistics are no longer the initial ones, as after training."""
+    """A network whose parameters and statistics have changed, as in training."""
     torch.manual_seed(0)
     network = timm.create_model("cifar_resnet20_sd").train()
     with torch.no_grad():
@@ -52,7 +52,7 @@ def assert_same_function(network, trained):
 
 
 def assert_same_features(features, trained, groups=3):
-    """Of an extractor, those of the first groups; `trained` is a whole network."""
+    """An extractor's outputs are the features of the first `groups` of the whole network `trained`."""
     with torch.inference_mode():
         outputs = features.eval()(images())
         outputs = list(outputs.values()) if isinstance(outputs, dict) else outputs
@@ -62,7 +62,7 @@ def assert_same_features(features, trained, groups=3):
 
 
 def survival_of(state):
-    """The entries of a state dict that say the blocks' survival probabilities."""
+    """The blocks' survival probabilities in a state dict, by key."""
     return {key: value.item() for key, value in state.items() if key.endswith(".survival")}
 
 
@@ -97,7 +97,7 @@ def by_pretrained(trained, checkpoint, **target):
 
 
 def by_local_dir(trained, checkpoint, model_name, **target):
-    """The way of hf-hub: without a server."""
+    """The same path in timm as hf-hub:, but without a server."""
     config = dict(architecture=model_name, pretrained_cfg=dict(num_classes=10, input_size=[3, 32, 32]))
     (checkpoint.parent / "config.json").write_text(json.dumps(config))
     return timm.create_model(f"local-dir:{checkpoint.parent}", pretrained=True, **target)
@@ -124,7 +124,7 @@ WAYS = [
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("target", TARGETS)
-def test_function_is_kept(trained, checkpoint, way, target):
+def test_the_function_is_unchanged(trained, checkpoint, way, target):
     network = way(trained, checkpoint, **TARGETS[target])
     assert_same_function(network, trained)
     own = [gate.survival for gate in gates(timm.create_model(**TARGETS[target]))]
@@ -150,8 +150,8 @@ def test_twins_share_every_key():
         assert (value.dtype, value.shape, value.device.type) == (torch.float32, (), "cpu")
 
 
-def test_probabilities_that_were_changed_travel(trained):
-    """Those that the gates have when the network is saved count, not those that it was made with."""
+def test_changed_probabilities_are_saved(trained):
+    """The gates' current probabilities count, not those that the network was created with."""
     changed, plain = timm.create_model("cifar_resnet20_sd"), timm.create_model("cifar_resnet20")
     changed.load_state_dict(trained.state_dict())
     for index, gate in enumerate(gates(changed), start=1):
@@ -168,7 +168,7 @@ def test_probabilities_that_were_changed_travel(trained):
 
 
 @pytest.mark.parametrize("missing", [BLOCKS, BLOCKS[4:5]])
-def test_without_its_entry_a_block_loads_as_is(trained, missing):
+def test_a_block_without_an_entry_loads_as_is(trained, missing):
     state = {key: value for key, value in trained.state_dict().items() if key.removesuffix(".survival") not in missing}
     network = timm.create_model("cifar_resnet20", drop_path_rate=0.2)
     own = [gate.survival for gate in gates(network)]
@@ -189,8 +189,8 @@ def test_without_its_entry_a_block_loads_as_is(trained, missing):
                 torch.testing.assert_close(loaded[key], state[key] * trained_p / p)
 
 
-def test_other_codes_plain_weights(trained):
-    """They have no survival probabilities: those are 1."""
+def test_plain_weights_from_other_code(trained):
+    """They have no survival probabilities, so ones are added."""
     plain = by_load_state_dict(trained, None, **TARGETS["plain"])
     weights = {key: value for key, value in plain.state_dict().items() if not key.endswith("survival")}
     model = timm.create_model("cifar_resnet20_sd")
@@ -201,7 +201,7 @@ def test_other_codes_plain_weights(trained):
 
 
 def test_state_dicts_of_distributed_checkpoints(trained):
-    """Which look every entry up as an attribute."""
+    """PyTorch looks up each of their entries as an attribute."""
     state = get_model_state_dict(trained)
     assert list(state) == list(trained.state_dict())
     network = timm.create_model("cifar_resnet20")
@@ -209,7 +209,7 @@ def test_state_dicts_of_distributed_checkpoints(trained):
     assert_same_function(network, trained)
 
 
-def test_what_is_loaded_stays_as_it_is(trained):
+def test_the_loaded_state_dict_is_unchanged(trained):
     state = trained.state_dict()
     before = {key: value.clone() for key, value in state.items()}
     timm.create_model("cifar_resnet20").load_state_dict(state)
@@ -223,7 +223,7 @@ EXTRACTORS = ["list", "dict", "hook", "getter", "fx"]
 @pytest.mark.parametrize("feature_cls", EXTRACTORS)
 @pytest.mark.parametrize("out_indices", [(0, 1, 2), (0, 1)])
 def test_features_only(trained, checkpoint, feature_cls, out_indices):
-    """Of a checkpoint with other probabilities, and then from one extractor into another."""
+    """Load weights with other probabilities into an extractor, then its weights into another one."""
     kwargs = dict(features_only=True, feature_cls=feature_cls, out_indices=out_indices)
     plain = by_pretrained(trained, checkpoint, model_name="cifar_resnet20", **kwargs)
     same = by_pretrained(trained, checkpoint, model_name="cifar_resnet20_sd", **kwargs)
@@ -250,7 +250,7 @@ def test_features_only_by_default(trained, checkpoint):
     ],
 )
 def test_a_networks_weights_into_an_extractor(trained, feature_cls, renamed):
-    """By the names that the extractor has for them."""
+    """Under the names that the extractor gives them."""
     features = timm.create_model("cifar_resnet20", features_only=True, feature_cls=feature_cls)
     features.load_state_dict(
         {renamed(key): value for key, value in trained.state_dict().items() if not key.startswith("fc.")}
@@ -265,14 +265,14 @@ def test_half_precision(trained):
     same, plain = timm.create_model("cifar_resnet20_sd"), timm.create_model("cifar_resnet20")
     same.load_state_dict(state)
     plain.load_state_dict(state)
-    for block in BLOCKS:  # also where bfloat16 rounds the probability
+    for block in BLOCKS:  # also those whose probability bfloat16 rounds
         for name in ("weight", "bias"):
             key = f"{block}.branch.bn2.{name}"
             assert torch.equal(same.state_dict()[key], state[key].float())
     with torch.inference_mode():
         expected = same.eval()(images())
         difference = plain.eval()(images()) - expected
-    # bfloat16 keeps 8 bits, of the probabilities too.
+    # bfloat16 has 8 bits of precision, for the probabilities too.
     assert difference.norm() < 2**-7 * expected.norm()
 
 

@@ -1,4 +1,4 @@
-"""What a run asks of its machine, and what it answers to an environment that cannot be."""
+"""How a run uses its machine, and what it says about an impossible environment."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ from timm_sd.options import Options
 
 @pytest.fixture
 def environment(monkeypatch):
-    """An environment without a launcher and threads, in which Accelerate has not started."""
+    """Without a launcher's variables or OMP_NUM_THREADS, and before Accelerate has started."""
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
     for name in ("OMP_NUM_THREADS", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "ACCELERATE_MIXED_PRECISION"):
@@ -28,7 +28,7 @@ def environment(monkeypatch):
     ("variables", "threads"),
     [
         ({}, 6),
-        ({"OMP_NUM_THREADS": "1"}, 4),  # the user's own, so nothing is set
+        ({"OMP_NUM_THREADS": "1"}, 4),  # the user's, so it is respected
         ({"OMP_NUM_THREADS": "3"}, 4),
         ({"OMP_NUM_THREADS": "1", "ACCELERATE_MIXED_PRECISION": "no"}, 6),  # the launcher's
         ({"OMP_NUM_THREADS": "3", "ACCELERATE_MIXED_PRECISION": "no"}, 4),
@@ -37,7 +37,7 @@ def environment(monkeypatch):
     ],
 )
 def test_threads(environment, variables, threads):
-    """Of six cores, from four threads."""
+    """There are six cores, and PyTorch starts with four threads."""
     environment.setattr(machine, "cores", lambda: 6)
     torch.set_num_threads(4)
     for name, value in variables.items():
@@ -97,14 +97,14 @@ def test_cores_of_a_container(monkeypatch, tmp_path, files, count):
         ("LOCAL_WORLD_SIZE", "x", "Accelerate cannot start .*"),
     ],
 )
-def test_an_environment_that_cannot_be(environment, tmp_path, name, value, message):
+def test_an_impossible_environment(environment, tmp_path, name, value, message):
     environment.setenv(name, value)
     with pytest.raises(UserError, match=message):
         training.train(Options("cifar_resnet20_sd", "synthetic", epochs=1, output=tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
-def test_a_gpu_that_is_not_there(environment):
+def test_a_missing_gpu(environment):
     environment.delenv("ACCELERATE_USE_CPU")
     environment.setenv("ACCELERATE_TORCH_DEVICE", "cuda")
     environment.setattr(torch.cuda, "is_available", lambda: False)
@@ -113,7 +113,7 @@ def test_a_gpu_that_is_not_there(environment):
 
 
 def test_the_commit_of_the_checkout(tmp_path, monkeypatch):
-    """The one of the checkout that tracks the package, and none for a package that lies in a foreign one."""
+    """None if the package only lies in a checkout of something else, which does not track it."""
 
     def git(*args):
         return subprocess.run(["git", "-C", tmp_path, *args], check=True, capture_output=True, text=True).stdout.strip()

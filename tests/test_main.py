@@ -1,4 +1,4 @@
-"""`python -m timm_sd` runs a script as Python does, with the networks registered and, if asked, models converted."""
+"""`python -m timm_sd` runs a script as Python does, but registers the networks and, if asked, converts models."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ from timm_sd.__main__ import main
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """Run a script's text through main(), in this process; what that changes of timm and sys is undone."""
+    """Run a script, given as text, through main() in this process; changes to timm and sys are undone."""
     for module in (timm, timm.models, _factory):
         monkeypatch.setattr(module, "create_model", module.create_model)
     monkeypatch.setattr(sys, "path", sys.path.copy())
@@ -26,7 +26,7 @@ def run(tmp_path, monkeypatch):
     return run
 
 
-def test_runs_as_under_python_itself(tmp_path):
+def test_runs_a_script_as_python_does(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "neighbour.py").write_text("name = 'neighbour'")
     (tmp_path / "folder" / "script.py").write_text(
@@ -82,14 +82,14 @@ def test_every_model_is_converted_in_the_mode(run, capsys, mode):
 
 
 def test_the_papers_imagenet_network(run, capsys):
-    """50 blocks with linear decay from 0 to 0.5; the first is never dropped, so timm gives it no DropPath."""
+    """Drop rates of 50 blocks rise linearly from 0 to 0.5. The first is never dropped, so it has no DropPath."""
     text = "import timm, timm_sd; network = timm.create_model('resnet152', drop_path_rate=0.5)\n"
     run(text + "print(*(gate.survival for gate in timm_sd.gates(network)))", "--skip-drop-path", "batch")
     survival = [float(word) for word in capsys.readouterr().out.split()]
     assert survival == pytest.approx([1 - 0.5 * block / 49 for block in range(1, 50)])
 
 
-def test_no_model_is_converted_unasked(run, capsys):
+def test_no_model_is_converted_without_the_flag(run, capsys):
     run(MODELS)
     assert capsys.readouterr().out == "\n" * 5
 
@@ -106,20 +106,20 @@ def test_error_of_making_a_model_is_timms_own(run):
         run("import timm; timm.create_model('no_such_model')", "--skip-drop-path", "row")
 
 
-def test_batch_norm_in_a_branch_is_answered_in_one_line(run):
+def test_batch_norm_in_a_branch_is_reported_in_one_line(run):
     text = "import timm; timm.create_model('resnet18', drop_path_rate=0.2)"
     with pytest.raises(SystemExit, match=r"^python -m timm_sd: .*row, resnet18: .*BatchNorm2d in its branch") as caught:
         run(text, "--skip-drop-path", "row")
     assert "\n" not in caught.value.code
 
 
-def test_missing_script_is_answered_in_one_line(monkeypatch):
+def test_a_missing_script_is_reported_in_one_line(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["__main__.py", "missing.py", "--flag"])
     with pytest.raises(SystemExit, match=r"^python -m timm_sd: no such file: missing\.py$"):
         main()
 
 
-def test_unknown_mode_is_answered_in_one_line(run, capsys):
+def test_an_unknown_mode_is_reported_in_one_line(run, capsys):
     with pytest.raises(SystemExit, match="2"):
         run("", "--skip-drop-path", "sample")
     assert capsys.readouterr().err.startswith("python -m timm_sd: argument --skip-drop-path: invalid choice: 'sample'")

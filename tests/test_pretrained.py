@@ -1,4 +1,4 @@
-"""The weights that come with the package, through everything timm does with pretrained weights."""
+"""The packaged weights with everything that timm does with pretrained weights."""
 
 import hashlib
 import re
@@ -22,7 +22,7 @@ def weights_of(name):
 
 
 def expected_logits(name):
-    """Of a network that is given the file without timm's help."""
+    """The logits of a network that loads the file without timm."""
     network = timm.create_model(name.split(".")[0])
     network.load_state_dict(weights_of(name))
     return network.eval()(IMAGES)
@@ -35,7 +35,7 @@ def no_network(hub):
 
 
 def test_the_recorded_hashes_are_those_of_the_files():
-    """As `sha256sum --check` would see it."""
+    """In the format of sha256sum."""
     lines = (WEIGHTS / "SHA256SUMS").read_text().splitlines()
     files = [WEIGHTS / f"{name}.safetensors" for name in NAMES]
     assert lines == [f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}" for file in files]
@@ -69,7 +69,7 @@ def test_by_name_and_by_tag(name):
 @pytest.mark.parametrize(
     "kwargs", [{"drop_path_rate": 0.2}, {"drop_path_rate": 0.0}, {"drop_path_schedule": "uniform"}]
 )
-def test_other_survival_probabilities_leave_the_function(name, kwargs):
+def test_other_survival_probabilities_do_not_change_the_function(name, kwargs):
     logits = timm.create_model(name, pretrained=True, **kwargs).eval()(IMAGES)
     torch.testing.assert_close(logits, expected_logits(name), rtol=1e-3, atol=1e-3)
 
@@ -102,7 +102,7 @@ def test_features():
     assert [feature.shape[1:] for feature in features] == [(16, 32, 32), (32, 16, 16), (64, 8, 8)]
 
 
-def test_a_file_of_the_users(tmp_path):
+def test_a_users_file(tmp_path):
     weights = timm.create_model("cifar_resnet20").state_dict()
     file = tmp_path / "mine.safetensors"
     save_file(weights, file)
@@ -118,7 +118,7 @@ def test_a_checkpoint_over_the_packaged_weights(tmp_path):
     assert torch.equal(network.fc.weight, weights["fc.weight"])
 
 
-def test_a_state_dict_of_the_users():
+def test_a_users_state_dict():
     weights = timm.create_model("cifar_resnet20").state_dict()
     network = timm.create_model("cifar_resnet20", pretrained=True, pretrained_cfg_overlay={"state_dict": weights})
     assert torch.equal(network.fc.weight, weights["fc.weight"])
@@ -133,7 +133,7 @@ def test_a_name_without_weights(name):
 
 @pytest.fixture
 def copied_weights(tmp_path, monkeypatch):
-    """The package's files elsewhere, to be damaged; what stands for `pretrained=True` then."""
+    """A copy of the packaged files that may be damaged; the file, and the arguments that load it."""
     folder = tmp_path / "weights"
     folder.mkdir()
     for path in WEIGHTS.iterdir():
@@ -145,7 +145,7 @@ def copied_weights(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("place", [3, 5000, 1_000_000, -1])
 def test_a_flipped_bit_is_noticed(copied_weights, place):
-    """In the length of the header, the header, a tensor, the last byte."""
+    """In the header's length, the header, a tensor or the last byte."""
     file, kwargs = copied_weights
     timm.create_model("cifar_resnet110_sd", **kwargs)
     content = bytearray(file.read_bytes())
@@ -198,7 +198,7 @@ ROUTES = {
 
 @pytest.mark.parametrize("route", ROUTES)
 def test_damaged_weights_are_refused(tmp_path, route):
-    """Probabilities outside of (0, 1], weights that are not finite, either of another type."""
+    """Probabilities outside (0, 1], weights that are not finite, negative variances, and wrong types or shapes."""
     whole = timm.create_model("cifar_resnet20_sd").state_dict()
     file = tmp_path / "model.safetensors"
     (tmp_path / "config.json").write_text(

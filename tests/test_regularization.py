@@ -1,4 +1,4 @@
-"""Each regularizer against its definition, and all of them as functions of (seed, step)."""
+"""Each regularizer against its definition; all are functions of (seed, step)."""
 
 import copy
 
@@ -37,7 +37,7 @@ def test_nothing_by_default():
 
 
 def own_share(labels):
-    """The weight lambda of each image's own label, given that of the image before it, and a check of all the others."""
+    """Lambda, the weight of each image's own label, after checking that the previous image's label has the rest."""
     own = batch()[1]
     before = own.roll(1)
     assert torch.allclose(labels.sum(1), torch.ones(B))
@@ -134,7 +134,7 @@ def test_integers_are_numbers_too(name):
 
 
 def test_dropout_compiles():
-    """Also after a network without it, whose compiled code would be taken for this one's."""
+    """Even after a network without dropout, whose compiled code PyTorch would otherwise reuse."""
     other = timm.create_model("cifar_resnet20_sd").to(memory_format=torch.channels_last).train()
     compiled = torch.compile(other, backend="eager")
     for size in (64, 52):

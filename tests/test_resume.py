@@ -1,4 +1,4 @@
-"""A run that is interrupted and resumed ends as one that never was."""
+"""A run that is interrupted and resumed ends like one that never was."""
 
 import json
 import os
@@ -24,12 +24,12 @@ pytestmark = pytest.mark.usefixtures("few_images")
 
 
 def options_for(folder, **kwargs):
-    """Two epochs of three steps."""
+    """The options of a run of two epochs with three steps each."""
     return replace(Options("cifar_resnet20_sd", "synthetic", epochs=2, batch_size=32, output=folder), **kwargs)
 
 
 def end_of(folder):
-    """What a run that came to its end leaves, times aside."""
+    """The results of a finished run, without times, and its final weights and momentum."""
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     summary = json.loads((folder / "summary.json").read_text())
     for record in (*metrics, summary):
@@ -48,7 +48,7 @@ def end_of(folder):
 
 @pytest.fixture(scope="module")
 def two_checkpoints(tmp_path_factory):
-    """The folder of a run that was never interrupted, with a checkpoint of each epoch."""
+    """The folder of an uninterrupted run, with a checkpoint after each of its two epochs."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         take_few_images(monkeypatch)
         folder = tmp_path_factory.mktemp("whole")
@@ -58,7 +58,7 @@ def two_checkpoints(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(two_checkpoints):
-    """The end of that run."""
+    """The results of that run."""
     return end_of(two_checkpoints)
 
 
@@ -78,7 +78,7 @@ def interrupt_after(monkeypatch, step, number):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_with_a_checkpoint(whole, tmp_path, monkeypatch, number):
-    """In the second step of an epoch, in the last one of it, and in the first after a resume."""
+    """In the second step of an epoch, in its last step, and in the first of the next."""
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     resume = False
     for step, epoch, steps in ((2, 1, 2), (1, 1, 3), (1, 2, 1)):
@@ -134,10 +134,10 @@ def test_a_signal_during_evaluation_waits_for_the_epochs_end(whole, tmp_path, mo
 
 
 def test_killed_at_any_moment_of_writing(whole, tmp_path, monkeypatch):
-    """Whatever stands on the disk just before something is written, moved or deleted, it resumes to the same end.
+    """Resuming from any state of the disk, just before something is written, moved or deleted, gives the same result.
 
-    The moments are those of the second epoch: a checkpoint within it and the one at its end, of a run that already has
-    best weights to carry over.
+    The states are from the second epoch, when there are best weights to carry over: one checkpoint is written within
+    the epoch and one at its end.
     """
     run = tmp_path / "run"
     first_epoch = run / "checkpoints" / "epoch-00002-step-000000"
@@ -149,7 +149,7 @@ def test_killed_at_any_moment_of_writing(whole, tmp_path, monkeypatch):
 
             def noted(*args, **kwargs):
                 if first_epoch.exists() and None not in moments:
-                    moments.append(None)  # what copies the folder is not to be noted
+                    moments.append(None)  # copying the folder is not a moment itself
                     moments[-1] = shutil.copytree(run, tmp_path / f"{len(moments)}-{name}")
                 return function(*args, **kwargs)
 
@@ -197,7 +197,7 @@ def test_a_checkpoint_of_another_configuration_is_refused(tmp_path):
         training.train(options_for(tmp_path, resume=True, epochs=2, lr=0.2))
     assert "epochs was 1 and is now 2, lr was 0.1 and is now 0.2" in str(error.value)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
-    # What leaves the weights alone may change.
+    # Options that do not affect the weights may change.
     training.train(options_for(tmp_path, epochs=1, resume=True, keep_checkpoints=5, checkpoint_steps=1))
 
 
@@ -205,7 +205,7 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path, monkeypatch, capsys):
     training.train(options_for(tmp_path, epochs=1))
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     capsys.readouterr()
-    monkeypatch.setattr(machine, "processor", lambda: "another")  # where it takes no step
+    monkeypatch.setattr(machine, "processor", lambda: "another")  # it takes no step there
     training.train(options_for(tmp_path, epochs=1, resume=True))
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     lines = capsys.readouterr().out.splitlines()
@@ -213,14 +213,14 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path, monkeypatch, capsys):
     assert lines[1].startswith("test error ")
 
 
-def test_resuming_nothing_begins(whole, tmp_path, capsys):
+def test_resuming_nothing_starts_a_run(whole, tmp_path, capsys):
     training.train(options_for(tmp_path, resume=True))
     assert capsys.readouterr().out.startswith(f"nothing to resume in {tmp_path}: starting a new run\n")
     assert end_of(tmp_path) == whole
 
 
 def test_a_run_without_checkpoints_is_left_alone(tmp_path):
-    """Weights and metrics whose checkpoints somebody deleted."""
+    """Somebody deleted the checkpoints of these weights and metrics."""
     training.train(options_for(tmp_path, epochs=1))
     shutil.rmtree(tmp_path / "checkpoints")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
@@ -230,7 +230,7 @@ def test_a_run_without_checkpoints_is_left_alone(tmp_path):
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
-def test_another_environment_is_said_and_recorded(tmp_path, monkeypatch, capsys):
+def test_another_environment_is_reported_and_recorded(tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         interrupt_after(patch, 2, signal.SIGTERM)
         with pytest.raises(UserError):
@@ -264,15 +264,13 @@ def flip_a_bit(file):
 )
 @pytest.mark.parametrize("damage", [truncate, flip_a_bit, Path.unlink])
 def test_a_damaged_checkpoint_is_named(two_checkpoints, whole, tmp_path, name, damage):
-    """Before anything is overwritten; without it, the run resumes from the one before."""
+    """Nothing is overwritten. Once it is moved away, the run resumes from the previous one."""
     run = shutil.copytree(two_checkpoints, tmp_path / "run")
     damaged = run / "checkpoints" / "epoch-00003-step-000000"
     damage(damaged / name)
     before = content_of(run)
     way_out = "move it away to resume from epoch-00002-step-000000"
-    named = (
-        ".*" if name == "SHA256SUMS" else f".*{name}.*"
-    )  # those are right and the file is not, as far as one can tell
+    named = ".*" if name == "SHA256SUMS" else f".*{name}.*"  # a damaged SHA256SUMS blames other files
     with pytest.raises(UserError, match=rf"{damaged} is damaged \({named}\): {way_out}"):
         training.train(options_for(run, resume=True))
     assert content_of(run) == before
@@ -291,7 +289,7 @@ def test_the_only_checkpoint_is_damaged(two_checkpoints, tmp_path):
 
 
 def test_best_weights_that_are_damaged_while_training(tmp_path, monkeypatch):
-    """The checkpoint before is where the next one takes them from, if they are still the best."""
+    """If they are still the best, the next checkpoint copies them from the previous one."""
     evaluate = training.Run.evaluate
     errors = iter([30.0, 40.0])
 
@@ -324,7 +322,7 @@ def test_a_checkpoint_of_another_moment_or_run(two_checkpoints, tmp_path):
 
 @pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "model.safetensors", "summary.json"])
 @pytest.mark.parametrize("damage", [truncate, Path.unlink])
-def test_what_a_checkpoint_knows_is_laid_out_again(two_checkpoints, whole, tmp_path, name, damage):
+def test_damaged_copies_are_restored_from_the_checkpoint(two_checkpoints, whole, tmp_path, name, damage):
     run = shutil.copytree(two_checkpoints, tmp_path / "run")
     damage(run / name)
     training.train(options_for(run, resume=True))
@@ -343,7 +341,7 @@ def test_the_newest_checkpoint_by_number(two_checkpoints, tmp_path):
 
 
 def test_a_folder_belongs_to_one_process(two_checkpoints, tmp_path):
-    """For as long as it trains; the file that it locks is no obstacle."""
+    """As long as it trains. The lock file that is left is no obstacle."""
     run = shutil.copytree(two_checkpoints, tmp_path / "run")
     before = content_of(run)
     holder = run_folder.RunFolder(run)
@@ -357,7 +355,7 @@ def test_a_folder_belongs_to_one_process(two_checkpoints, tmp_path):
 
 
 def test_a_new_run_is_locked_from_its_first_moment(tmp_path, monkeypatch):
-    """A second run that begins while the first has left no checkpoint yet."""
+    """Even before its first checkpoint, no other run can start there."""
     step = training.Run.step
     refused = []
 
@@ -373,7 +371,7 @@ def test_a_new_run_is_locked_from_its_first_moment(tmp_path, monkeypatch):
     assert refused
 
 
-def test_a_home_folder_that_the_shell_has_left(tmp_path, monkeypatch):
+def test_a_tilde_that_the_shell_did_not_expand(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
     for resume in (False, True):
@@ -408,7 +406,7 @@ def test_nothing_pickled_is_run(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("size", "reason"), [(1000, ".*File too large.*"), (1_096_100, "the disk may be full")])
 def test_a_full_disk_keeps_the_last_checkpoint(whole, tmp_path, monkeypatch, size, reason):
-    """A limit on the size of files stands for the full disk: in the weights, or in the momentum."""
+    """A limit on the size of files stands in for a full disk, reached by the weights or by the momentum."""
     checkpoint = training.Run.checkpoint
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

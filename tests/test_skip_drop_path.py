@@ -1,4 +1,4 @@
-"""Any timm model with skipped drop path, against timm's own DropPath with the same samples dropped."""
+"""Converted timm models against timm's own DropPath with the same samples dropped."""
 
 import copy
 import pickle
@@ -27,9 +27,9 @@ BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
 
 class ForcedDropPath(nn.Module):
-    """timm's DropPath with given samples dropped: computes everything, then multiplies by 0 or 1 / p.
+    """timm's DropPath with a choice of samples: it multiplies what has been computed by 0 or 1 / p.
 
-    The first calls can be `spared`.
+    It drops nothing in its first `spared` calls.
     """
 
     def __init__(self, drop_path, masks, draw, spared):
@@ -48,7 +48,7 @@ class ForcedDropPath(nn.Module):
 
 
 def drawing(mode, closed):
-    """A function of the batch size and p: which samples are kept, and the share that the scaling takes for p."""
+    """A function of batch size and p that returns which samples are kept, and the p to scale by."""
     generator = torch.Generator().manual_seed(3)
 
     def draw(batch_size, p):
@@ -79,14 +79,14 @@ def doubled(value):
 
 
 def results(block, args, kwargs):
-    """Outputs, gradients of the inputs and of the parameters, for a loss that weights every output differently."""
+    """Outputs, and gradients of inputs and parameters for a loss that weights every output differently."""
     leaves = []
 
     def leaf(value):
         if not isinstance(value, torch.Tensor) or not value.is_floating_point():
             return value
         leaves.append(value.clone().requires_grad_())
-        return leaves[-1].clone()  # which a block may change in place
+        return leaves[-1].clone()  # a block may change it in place
 
     outputs = tensors(block(*map(leaf, args), **{key: leaf(value) for key, value in kwargs.items()}))
     generator = torch.Generator().manual_seed(7)
@@ -100,12 +100,12 @@ def assert_close(found, expected):
         assert found is None or not found.any()
         return
     found = torch.zeros_like(expected) if found is None else found
-    atol = 1e-6 * max(1.0, expected.abs().max().item())  # some blocks compute in float32 in between
+    atol = 1e-6 * max(1.0, expected.abs().max().item())  # some blocks compute a part in float32
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=atol)
 
 
 def randomised(block):
-    """With parameters that are not the initial ones: layer scales and last normalizations often begin at zero."""
+    """Change the initial parameters, since layer scales and last normalizations often start at zero."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in block.parameters():
@@ -113,7 +113,7 @@ def randomised(block):
     return block
 
 
-# Why a DropPath of these classes still computes what it drops, as docs/any-timm-model.md says.
+# Classes with a DropPath that is not skipped, and why, as in docs/any-timm-model.md.
 LEFT = {
     "coat.ParallelBlock": "its branch is used elsewhere",
     "edgenext.SplitTransposeBlock": "within the branch of another DropPath",
@@ -161,9 +161,9 @@ def test_blocks_compute_what_timms_do(name):
             for path, module in list(original.named_modules()):
                 if isinstance(module, DropPath):
                     ours = skipping[0].get_submodule(path)
-                    ours.forward = nn.Identity().forward  # calls that are left
+                    ours.forward = nn.Identity().forward  # of calls that are not skipped
                     if id(ours) in skipped:
-                        # Of these one DropPath's first calls are left.
+                        # The first calls of one DropPath of these are not skipped.
                         spared = {"edgenext.SplitTransposeBlock": 1, "coat.ParallelBlock": 3}.get(cls, 0)
                         original.set_submodule(path, ForcedDropPath(module, masks, draw, spared))
                     else:
@@ -183,7 +183,7 @@ def test_blocks_compute_what_timms_do(name):
             for (key, ours), theirs in zip(
                 skipping[0].state_dict().items(), original.state_dict().values(), strict=True
             ):
-                # A BatchNorm that is skipped keeps its statistics where timm's goes on.
+                # A skipped BatchNorm does not update its statistics; timm's does.
                 if "running" not in key and "tracked" not in key:
                     assert torch.equal(ours, theirs), key
         if own:
@@ -191,7 +191,7 @@ def test_blocks_compute_what_timms_do(name):
 
 
 def test_every_block_class_of_timm_is_covered():
-    """By the tests above, which it needs."""
+    """By the tests above, which must run first."""
     classes = {name_of(cls) for cls in timm_blocks.all_block_classes() if cls.__name__ not in timm_blocks.NOT_BLOCKS}
     assert classes <= SKIPPED | WARNED, classes - SKIPPED - WARNED
     assert set(LEFT) == WARNED
@@ -201,7 +201,7 @@ def test_every_block_class_of_timm_is_covered():
     assert all(f"`{cls}`" in page for cls in LEFT)
 
 
-# What is not computed
+# FLOPs
 
 
 def small(name, **kwargs):
@@ -214,7 +214,7 @@ def images(name, batch_size=6):
     return torch.randn(batch_size, 3, size, size, generator=torch.Generator().manual_seed(2))
 
 
-# Of each model the modules of a branch that take FLOPs, by what a DropPath is called in its block.
+# For each model, the modules of a branch that take FLOPs, by the name of the DropPath.
 BRANCHES = {
     "test_vit": dict(drop_path1=["attn"], drop_path2=["mlp"]),
     "swin_tiny_patch4_window7_224": dict(drop_path1=["attn"], drop_path2=["mlp"]),
@@ -241,7 +241,7 @@ def test_flops_are_those_of_the_kept_samples(name, mode):
     batch_size = None if mode == "batch" else len(x)
     values = draw_gates([gate.survival for gate in own], 4, 0, batch_size, mode)
     with use_gates(model, values):
-        model(x)  # the first pass finds out which inputs of the branches have rows
+        model(x)  # the first pass finds out which inputs have one row per sample
     paths = {module: path for path, module in model.named_modules()}
     expected = total
     assert own
@@ -271,7 +271,7 @@ def test_gates_are_listed_in_order_of_execution():
         assert called == gates(model), name
 
 
-def test_probabilities_are_those_of_the_moment():
+def test_probabilities_are_read_at_every_step():
     model = skip_drop_path(small("test_vit").train(), "row")
     (first, *_), drop_path = gates(model), model.blocks[1].drop_path1
     assert [gate.survival for gate in gates(model)] == [0.5, 0.5]
@@ -309,7 +309,7 @@ def test_scale_by_keep_is_followed():
     outputs = []
     for scale_by_keep in (True, False):
         block.drop_path1.scale_by_keep = scale_by_keep
-        block.drop_path2.drop_prob = 1.0  # nothing of it is kept
+        block.drop_path2.drop_prob = 1.0  # it keeps nothing
         with use_gates(block, torch.tensor([[True] * 4, [False] * 4])):
             outputs.append(block(x) - x)
     torch.testing.assert_close(outputs[0], 2 * outputs[1])
@@ -332,7 +332,7 @@ def test_inference_is_the_same_to_the_bit():
             assert torch.equal(skip_drop_path(model, "batch")(x), expected)
 
 
-# What is refused or left
+# What is refused or left unchanged
 
 
 def test_batch_norm_is_refused_where_it_would_see_fewer_samples():
@@ -374,7 +374,7 @@ def test_converting_again_changes_the_mode():
 
 
 class Chooses(nn.Module):
-    """A block whose forward method follows its arguments and attributes."""
+    """A block whose forward method depends on its arguments and attributes."""
 
     def __init__(self):
         super().__init__()
@@ -390,7 +390,7 @@ class Chooses(nn.Module):
 
 
 def test_the_real_call_is_followed():
-    """Masks as long as the batch with and without a row for each sample, numbers, and attributes changed later."""
+    """With numbers, attributes that change later, and masks as long as the batch that have a row per sample or not."""
     block = skip_drop_path(nn.Sequential(Chooses()))[0].train()
     x = torch.randn(4, 4)
     gate = torch.tensor([[True, False, True, True]])
@@ -406,7 +406,7 @@ def test_the_real_call_is_followed():
 
 
 class Variants(nn.Module):
-    """What a graph of one block does not say of another of the same class, or not at all."""
+    """Forward methods whose graph depends on the block, or that no graph can express."""
 
     def __init__(self, way, inner=None):
         super().__init__()
@@ -415,7 +415,7 @@ class Variants(nn.Module):
     def forward(self, x):
         return getattr(self, self.way)(x)
 
-    def attribute(self, x):  # as ParallelScalingBlock reads its dropout's p
+    def attribute(self, x):  # ParallelScalingBlock reads its dropout's p like this
         return x + self.drop_path(self.linear(x) * self.inner.p)
 
     def children_in_a_loop(self, x):
@@ -459,7 +459,7 @@ class Variants(nn.Module):
         ("scaled", LayerScale(4, 2.0), nn.Linear(4, 4)),
     ],
 )
-def test_blocks_of_a_class_are_not_taken_for_each_other(way, first, second):
+def test_blocks_of_a_class_are_not_mixed_up(way, first, second):
     x, kept = torch.randn(4, 4), torch.tensor([True, False, True, True])
     for inner in (first, second):
         block = Variants(way, inner)
@@ -478,7 +478,7 @@ def test_blocks_of_a_class_are_not_taken_for_each_other(way, first, second):
 
 
 @pytest.mark.parametrize("way", ["square", "no_grad", "random", "alias", "view", "batch_size"])
-def test_what_a_graph_cannot_tell_is_refused(way):
+def test_what_a_graph_cannot_express_is_refused(way):
     with pytest.raises(ValueError, match=r"cannot be skipped.*drop_path of Variants, because"):
         skip_drop_path(nn.Sequential(Variants(way)), strict=True)
 
@@ -493,8 +493,8 @@ def test_a_call_that_cannot_be_skipped_leaves_other_blocks_alone():
             assert torch.equal(block(x), x)
 
 
-def test_a_mask_of_which_nothing_tells_if_it_has_rows_is_not_guessed_at():
-    """Multiplying by a (4, 4) tensor takes either view of a batch of four samples."""
+def test_an_ambiguous_mask_is_not_guessed_at():
+    """With four samples, nothing tells whether the mask, of shape (4,), has one row per sample."""
     block = skip_drop_path(nn.Sequential(Chooses()))[0].train()
     x, mask = torch.randn(4, 4), torch.rand(4)
     torch.manual_seed(0)
@@ -521,7 +521,7 @@ def test_copies_and_pickles(tmp_path):
         assert list(other.state_dict()) == list(small("test_vit").state_dict())
         with torch.no_grad():
             for parameter in other.parameters():
-                parameter *= 2  # a copy runs its own weights
+                parameter *= 2  # a copy has weights of its own
         with use_gates(other, values):
             assert not torch.allclose(other(x), expected)
             doubled = {key: value * 2 for key, value in model.state_dict().items()}
@@ -593,7 +593,7 @@ def test_ddp_needs_no_unused_parameters(tmp_path, mode):
 
 
 def compiled_graphs(model, name, steps, **options):
-    """The number of graphs that `steps` steps of compiled training take; the gradients of the last one."""
+    """The number of graphs in `steps` steps of compiled training. The model keeps the gradients of the last one."""
     graphs = []
 
     def backend(graph, _):

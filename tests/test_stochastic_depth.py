@@ -1,4 +1,4 @@
-"""The method against its equations, computed here step by step."""
+"""The method against its equations, written out."""
 
 import copy
 import itertools
@@ -48,7 +48,7 @@ def inputs(batch_size=6):
 
 
 def inputs_after_relu(batch_size=6):
-    """A block's ReLU leaves these as they are. It must: among rows it is applied to all, whether dropped or not."""
+    """Inputs that a ReLU leaves unchanged: with gates per sample, a block applies it to the dropped samples too."""
     return inputs(batch_size).abs()
 
 
@@ -66,7 +66,7 @@ def gradients(network):
 
 
 def drawn(network, step=0, batch_size=4, seed=0):
-    """The gates of a step, as the network's mode asks."""
+    """The gates of a step in the network's mode."""
     own = gates(network)
     (mode,) = {gate.mode for gate in own}
     return draw_gates([gate.survival for gate in own], seed, step, None if mode == "batch" else batch_size, mode)
@@ -131,7 +131,7 @@ def test_probabilities_that_are_not_valid(schedule, message):
 
 
 def test_probabilities_that_change_over_time():
-    """As in docs/networks.md: every drop rate rises linearly over the first steps."""
+    """As in docs/networks.md, every drop rate rises linearly over the first steps."""
     network = timm.create_model("cifar_resnet20_sd").train()
     final = [gate.survival for gate in gates(network)]
     images, opened = torch.randn(2, 3, 32, 32), []
@@ -150,7 +150,7 @@ def test_probabilities_that_change_over_time():
     assert survival == final
     state = network.state_dict()
     assert [state[key].item() for key in state if key.endswith("survival")] == pytest.approx(final)
-    # To resume, the probabilities of that step come before the weights.
+    # To resume, set the probabilities of that step before loading the weights.
     weights, expected, survival = saved
     resumed = timm.create_model("cifar_resnet20_sd").eval()
     for gate, p in zip(gates(resumed), survival, strict=True):
@@ -212,7 +212,7 @@ def test_counted_gates_open_for_k_samples(batch_size):
 
 
 def test_counted_gates_take_every_choice_of_samples_equally_often():
-    """Of two of four, the six there are; and those of one gate tell nothing of those of the next."""
+    """All six choices of two samples out of four, independently for each gate."""
     choices = {choice: index for index, choice in enumerate(itertools.combinations(range(4), 2))}
     counts = torch.zeros(6, 6)
     for step in range(4):
@@ -273,12 +273,12 @@ def test_dropped_branch_costs_nothing():
         return counter.get_total_flops()
 
     everything, nothing = torch.ones(9, dtype=torch.bool), torch.zeros(9, dtype=torch.bool)
-    # A 3x3 convolution of 16 to 16 channels at 32x32 on 4 images, twice a block; a backward pass costs two forward.
+    # Two 3x3 convolutions, 16 to 16 channels, 32x32 pixels, 4 images; a backward pass costs two forward passes.
     one_block = 2 * 3 * 2 * 9 * 16 * 16 * 32 * 32 * 4
     without_second = everything.clone()
     without_second[1] = False
     assert flops(everything) - flops(without_second) == one_block
-    # The stem (its input needs no gradient) and the classifier remain.
+    # What remains is the stem, whose input needs no gradient, and the classifier.
     stem, classifier = 2 * 2 * 9 * 3 * 16 * 32 * 32 * 4, 3 * 2 * 64 * 10 * 4
     assert flops(nothing) == stem + classifier
 
@@ -337,7 +337,7 @@ def test_frozen_parameters_stay_without_gradient():
 
 @pytest.mark.parametrize(("mode", "kept"), [("row", [0, 2, 3]), ("row", [5]), ("row", []), ("count", [1, 2, 5])])
 def test_rows(mode, kept):
-    """Outputs, gradients and statistics, against the same block by hand on the kept rows alone."""
+    """Outputs, gradients and statistics against the block computed by hand on the kept rows alone."""
     block = make_block(mode=mode).train()
     x, weights = inputs_after_relu().requires_grad_(), inputs()
     expected = x.clone()
@@ -359,7 +359,7 @@ def test_rows(mode, kept):
     ("batch_size", "survival", "k"), [(6, 0.5, 3), (7, 0.5, 3), (6, 0.99, 5), (6, 0.01, 1), (1, 0.5, 1)]
 )
 def test_mode_count_keeps_k_rows(batch_size, survival, k):
-    """Drawn by the block itself: k rows leave the shortcut, the rest is the shortcut to the bit."""
+    """With gates that the block draws, k rows differ from the shortcut and the others equal it to the bit."""
     block = make_block(survival, mode="count").train()
     x = inputs_after_relu(batch_size)
     seen = []
@@ -452,7 +452,7 @@ def bfloat16_by_default():
 
 
 def test_gates_are_not_rounded_to_the_default_type(bfloat16_by_default):
-    """In bfloat16, 0.999 is 1 and there are but 256 numbers to draw."""
+    """In bfloat16, 0.999 is 1, and only 256 numbers can be drawn."""
     gate = make_block(survival=0.999, mode="row").gate.train()
     torch.manual_seed(6)
     drawn = gate.draw(20_000)
@@ -485,7 +485,7 @@ def test_repr_tells_probability_and_mode():
     assert "survival=0.5000, mode='batch'" in repr(make_block())
 
 
-# Handing gates over
+# Provided gates
 
 
 @pytest.mark.parametrize(
@@ -530,7 +530,7 @@ def test_another_number_of_open_gates_is_refused(opened):
     assert block.gate.provided is None
 
 
-def test_the_list_of_gates_stands_for_the_network():
+def test_the_list_of_gates_is_enough():
     network = small_network().train()
     outputs = []
     for which in (network, gates(network)):
@@ -542,7 +542,7 @@ def test_the_list_of_gates_stands_for_the_network():
 
 
 def test_copies_do_not_keep_provided_gates():
-    """Made in a context, they draw gates of their own, in it and after it."""
+    """Copies made within a context draw their own gates, there and later."""
     network = small_network().train()
     with use_gates(network, torch.zeros(9, dtype=torch.bool)):
         copies = [copy.deepcopy(network), pickle.loads(pickle.dumps(network))]
@@ -574,14 +574,14 @@ def test_gates_end_with_their_context():
         raise RuntimeError("stop")
     torch.manual_seed(0)
     first = network(images())
-    assert any(not torch.equal(first, network(images())) for _ in range(5)), "the gates are still the handed ones"
+    assert any(not torch.equal(first, network(images())) for _ in range(5)), "the gates are still the provided ones"
 
 
 GATES = torch.tensor([True, False, True, True, False, False, True, False, True])
 
 
 def expected_features(network):
-    """The features of the three groups, and what they are without the dropped blocks altogether."""
+    """The features of the three groups, computed without the dropped blocks."""
     shortened = copy.deepcopy(network).train()
     values = iter(GATES)
     features, x = [], shortened.act1(shortened.bn1(shortened.conv1(images())))
@@ -613,7 +613,7 @@ def test_gates_reach_a_compiled_network():
 
 
 def compiled_steps(network, graphs, steps):
-    """Train compiled, each graph that is compiled joining `graphs`."""
+    """Train a compiled network, and append each compiled graph to `graphs`."""
 
     def backend(graph, _):
         graphs.append(graph)
@@ -660,20 +660,20 @@ def test_compiled_training_with_counts_is_eager_training(provided):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("handed", [True, False])
-def test_gradient_checkpointing_computes_the_same_blocks_again(mode, handed):
+@pytest.mark.parametrize("provided", [True, False])
+def test_gradient_checkpointing_computes_the_same_blocks_again(mode, provided):
     network = small_network(drop_path_mode=mode).train()
     checkpointed = copy.deepcopy(network)
     checkpointed.set_grad_checkpointing()
     for model in (network, checkpointed):
         torch.manual_seed(3)
-        with use_gates(model, drawn(network)) if handed else nullcontext():
+        with use_gates(model, drawn(network)) if provided else nullcontext():
             model(images()).square().sum().backward()
     torch.testing.assert_close(gradients(checkpointed), gradients(network))
 
 
 def train_under_ddp(rank, init_file, mode):
-    """Three steps on gates of each rank's own: parameters must be ready for reduction all the same."""
+    """Three steps with different gates on each rank: every parameter must still be ready for reduction."""
     warnings.simplefilter("error", UserWarning)
     dist.init_process_group("gloo", init_method=f"file://{init_file}", rank=rank, world_size=2)
     network = small_network(drop_path_mode=mode).to(memory_format=torch.channels_last).train()

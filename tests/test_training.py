@@ -1,4 +1,4 @@
-"""The protocol step by step, and what the command line answers."""
+"""The protocol step by step, and the command line's messages."""
 
 import argparse
 import hashlib
@@ -64,9 +64,9 @@ def test_defaults_are_the_papers():
 @pytest.mark.parametrize(
     ("regularizers", "lr_schedule", "rates"),
     [
-        # Of two epochs, the first is already at 50%: epoch 1 at 0.01 and epoch 2 at 0.001.
+        # The first of two epochs is already at 50%, so epoch 1 has 0.01 and epoch 2 has 0.001.
         ({}, "steps", None),
-        # Of six steps, the first is within the fifth that rises; from the peak down to 0 it is 5.8 steps.
+        # The first of six steps is within the fifth that rises. From the peak to 0 there are 5.8 steps.
         ({}, "one-cycle", [0.1 / 1.2, *(0.1 * left / 5.8 for left in (5, 4, 3, 2, 1))]),
         (REGULARIZERS, "steps", None),
         (dict(label_smoothing=0.3), "steps", None),
@@ -81,7 +81,7 @@ def test_a_run_is_the_protocol(few_images, tmp_path, regularizers, lr_schedule, 
         batch_size=32,
         lr=0.1,
         lr_schedule=lr_schedule,
-        weight_decay=0.5,  # large enough to be seen after six steps
+        weight_decay=0.5,  # large enough to matter within six steps
         output=tmp_path / "run",
         **regularizers,
     )
@@ -116,7 +116,7 @@ def test_a_run_is_a_function_of_its_seed(few_images, tmp_path):
 
 
 def test_saved_weights_are_the_best_by_validation(few_images, tmp_path, monkeypatch):
-    """Validation errors 50, 30, 30, 40: the weights of epoch 2 are kept, whatever the test errors."""
+    """With validation errors of 50, 30, 30 and 40, epoch 2 is kept, whatever the test errors."""
     errors = iter([50.0, 9.0, 30.0, 8.0, 30.0, 1.0, 40.0, 0.0])
     states = []
 
@@ -176,7 +176,7 @@ def content_of(folder):
 
 
 def test_bf16(few_images, tmp_path, monkeypatch):
-    """Training computes in bfloat16; the metrics are those of the plain weights in float32."""
+    """Training computes in bfloat16, but the errors are those of the plain weights in float32."""
     AcceleratorState._reset_state(True)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     seen = []
@@ -286,12 +286,12 @@ def test_a_run_that_diverges_stops(few_images, tmp_path):
     with pytest.raises(UserError, match="the run diverged in epoch 1: try an --lr below 1e"):
         training.train(options)
     assert not list((tmp_path / "run").glob("*.safetensors"))
-    training.train(replace(options, lr=0.1, epochs=1))  # what is left does not keep the next try from the folder
+    training.train(replace(options, lr=0.1, epochs=1))  # the next try can use the same folder
     assert json.loads((tmp_path / "run" / "config.json").read_text())["options"]["lr"] == 0.1
 
 
 def test_a_run_that_diverges_later_keeps_its_checkpoint(few_images, tmp_path, monkeypatch):
-    """Weights that the last step of an epoch made infinite are not saved, though its loss knows nothing of them."""
+    """Weights that become infinite in the last step of an epoch are not saved, although the loss is still finite."""
     options = Options("cifar_resnet20_sd", "synthetic", epochs=2, batch_size=32, output=tmp_path / "run")
     step = training.Run.step
     steps = []
@@ -310,7 +310,7 @@ def test_a_run_that_diverges_later_keeps_its_checkpoint(few_images, tmp_path, mo
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["epoch-00002-step-000000"]
 
 
-def test_the_run_explains_itself(few_images, tmp_path):
+def test_a_run_records_its_options_and_environment(few_images, tmp_path):
     options = Options("cifar_resnet20_sd", "synthetic", epochs=1, batch_size=32, output=tmp_path / "run")
     training.train(options)
     config = json.loads((tmp_path / "run" / "config.json").read_text())
@@ -331,7 +331,7 @@ def test_the_run_explains_itself(few_images, tmp_path):
 
 
 def test_trackers(few_images, tmp_path):
-    """Every metric of every epoch, as TensorBoard itself reads them."""
+    """TensorBoard itself reads every metric of every epoch."""
     options = Options("cifar_resnet20_sd", "synthetic", epochs=2, batch_size=32, log_with="tensorboard")
     training.train(replace(options, output=tmp_path / "run"))
     accumulator = EventAccumulator(str(tmp_path / "run" / "timm-sd"))
@@ -343,7 +343,7 @@ def test_trackers(few_images, tmp_path):
 
 
 def test_gradient_checkpointing_changes_the_running_statistics_alone(few_images, tmp_path):
-    """It computes each kept block again, so those move twice a step; the steps themselves are the same."""
+    """It computes each kept block twice, which updates its running statistics twice."""
     states = []
     for name, grad_checkpointing in (("a", False), ("b", True)):
         options = Options("cifar_resnet20_sd", "synthetic", epochs=1, batch_size=32, output=tmp_path / name)

@@ -1,4 +1,4 @@
-"""Every class of timm's residual blocks that can hold a `DropPath`, each met in a small model that makes use of it.
+"""Every class of timm's residual blocks that can have a `DropPath`, each in a small model that uses it.
 
 `block_calls` returns blocks with the arguments that their model calls them with. `all_block_classes` finds the classes
 in timm's source instead, so that a test notices the blocks of a later timm that `EXAMPLES` lacks.
@@ -20,7 +20,7 @@ from timm.models.cait import LayerScaleBlockClassAttn
 from timm.models.cspnet import CspStagesCfg
 from torch import nn
 
-# What a DropPath may lie in without belonging to it
+# A DropPath inside one of these belongs to the block around it.
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 VIT = dict(img_size=32, depth=2, embed_dim=32, num_heads=2)
@@ -31,7 +31,7 @@ SWIN = dict(img_size=64, window_size=4, embed_dim=8, depths=(2, 2), num_heads=(2
 MAXVIT = dict(img_size=64, stem_width=(16, 32), embed_dim=(32, 32, 32, 32), depths=(1, 1, 1, 2))
 XCEPTION = dict(block_cfg=[dict(in_chs=i, out_chs=o, stride=s) for i, o, s in ((64, 16, 2), (16, 16, 1), (16, 24, 2))])
 
-# A model's name, and arguments that make it small. Without any it is small enough, or its depth and width are fixed
+# Model names, with arguments that make the model small. Without any, it is small already or its size is fixed.
 EXAMPLES = dict(
     beit_base_patch16_224=VIT,
     test_byobnet=dict(
@@ -41,7 +41,7 @@ EXAMPLES = dict(
             *(ByoBlockCfg(type, d=2, c=16, s=1, gs=0) for type in ("rep", "one")),
         ]
     ),
-    # Of itself CaiT gives its class attention no DropPath
+    # By default, CaiT's class attention has no DropPath.
     cait_xxs24_224=dict(VIT, block_layers_token=partial(LayerScaleBlockClassAttn, drop_path=0.5)),
     coat_tiny=dict(img_size=64, embed_dims=(16, 16, 16, 16), serial_depths=(1, 1, 1, 1), parallel_depth=2),
     convit_tiny=dict(VIT, depth=3, local_up_to_layer=2),
@@ -88,7 +88,7 @@ EXAMPLES = dict(
     mixer_s32_224=dict(img_size=64),
     resmlp_12_224=dict(img_size=64),
     gmlp_ti16_224=dict(img_size=64),
-    # All blocks of the EfficientNets and MobileNets, which are one module's. This one takes `block_args` from anyone
+    # All blocks of EfficientNets and MobileNets, which share a module. This model accepts any `block_args`.
     mobilenetv5_base=dict(
         block_args=decode_arch_def(
             [
@@ -112,7 +112,7 @@ EXAMPLES = dict(
     pit_ti_224=dict(img_size=64, base_dims=(16, 16, 16), depth=(1, 1, 2), heads=(1, 2, 2)),
     pvt_v2_b0=dict(EMBEDS, num_heads=(1, 2, 2, 2)),
     qwen3_vit_88m=VIT,
-    # Its blocks add nothing: what comes from their DropPath is joined to their inputs by the stage
+    # Its blocks have no sum: the stage concatenates the output of their DropPath with their input.
     rdnet_tiny=dict(
         num_init_features=16,
         growth_rates=(8, 8, 8),
@@ -123,7 +123,7 @@ EXAMPLES = dict(
     regnetx_002=dict(w0=8, wa=8, wm=2, depth=6),
     regnetv_040=dict(w0=8, wa=8, wm=2, depth=6, group_size=8),
     res2net50_26w_4s=LAYERS,
-    # Its DropPath acts on the block's input, after the branch is computed: on a downsampling shortcut or on nothing
+    # Its DropPath acts on the downsampling shortcut, if there is one, after the branch has been computed.
     resnest14d=dict(channels=(8, 16, 24, 32), layers=(1, 1, 1, 2)),
     test_resnet={},
     resnet18=LAYERS,
@@ -163,7 +163,7 @@ EXAMPLES = dict(
     xcit_nano_12_p16_224=VIT,
 )
 
-# Classes that `all_block_classes` finds, though no model of timm's has one with a DropPath of its own
+# Classes that `all_block_classes` finds, but that have no DropPath of their own in any timm model
 NOT_BLOCKS = {
     "OsaStage": "makes the DropPaths of its OsaBlocks",
     "XceptionAligned": "makes the DropPaths of its modules",
@@ -183,8 +183,8 @@ class Call(NamedTuple):
 
 @contextmanager
 def one_thread():
-    """Tensors this small gain nothing from more, and where other processes keep the cores busy the threads' wait for
-    each other takes ten times as long as the work."""
+    """Compute on one thread: more do not help with such small tensors, and with other processes on the cores, waiting
+    for each other would take ten times as long as the work."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -195,9 +195,9 @@ def one_thread():
 
 @one_thread()
 def block_calls(name):
-    """Blocks of the model `EXAMPLES[name]` and what they were called with in one forward pass, the last of each kind.
+    """Blocks of the model `EXAMPLES[name]` with the arguments of a forward pass, the last call of each kind.
 
-    All of them used a DropPath with a rate above 0. They are in training mode, and a block's place is its `label`.
+    All of them used a DropPath with a rate above 0. They are in training mode, and `label` says where a block is.
     """
     model = small_model(name)
     calls, used, hooks = [], set(), []
@@ -226,28 +226,28 @@ def small_model(name):
     torch.manual_seed(0)
     model = timm.create_model(name, **{"drop_path_rate": 0.5, "num_classes": 4, **EXAMPLES[name]})
     for parameter in model.parameters():
-        if parameter.abs().max() < 0.01:  # many a branch's last scale is at first, and hides the branch
+        if parameter.abs().max() < 0.01:  # a final scale that starts near zero would hide the branch
             nn.init.normal_(parameter, std=0.5)
     for module in model.modules():
-        if isinstance(module, nn.Dropout):  # a few have a rate by default: two passes would differ
+        if isinstance(module, nn.Dropout):  # some have a rate by default, and two passes would differ
             module.p = 0.0
     return model
 
 
 def inputs(name):
-    """The arguments of the forward pass for four images."""
+    """The model's arguments for a forward pass of four images."""
     size = EXAMPLES[name].get("img_size", 64)
     images = torch.randn(4, 3, *(size if isinstance(size, tuple) else (size, size)))
-    if name.startswith("naflexvit"):  # images of one to four patches: each sample has its own mask, and its own rope
+    if name.startswith("naflexvit"):  # one to four patches: each image has its own mask and rope
         coordinates = torch.cartesian_prod(torch.arange(2), torch.arange(2)).expand(4, -1, -1)
         return images.reshape(4, 4, -1), coordinates, torch.ones(4, 4, dtype=torch.bool).tril()
-    if name in ("test_vit2", "vit_base_patch16_18x2_224"):  # a mask that the samples share
+    if name in ("test_vit2", "vit_base_patch16_18x2_224"):  # one mask for all samples
         return images, torch.ones(5, 5, dtype=torch.bool).tril()
     return (images,)
 
 
 def drop_paths(block):
-    """The DropPaths that belong to `block`: there is no other block between, and it is none of `CONTAINERS`."""
+    """The DropPaths among a block's children, or in containers among them. A container itself has none."""
     return [] if isinstance(block, CONTAINERS) else list(_drop_paths_below(block))
 
 
@@ -260,7 +260,7 @@ def _drop_paths_below(module):
 
 
 def has_sum(block):
-    """False for those blocks without a shortcut, of byobnet's and vovnet's, that use their DropPath nevertheless."""
+    """Whether a block has a shortcut. Some of byobnet's and vovnet's have none, but use their DropPath all the same."""
     match type(block).__module__:
         case "timm.models.byobnet":
             return getattr(block, "shortcut", block) is not None
@@ -270,7 +270,7 @@ def has_sum(block):
 
 
 def kind(call):
-    """What tells apart two calls of blocks of a class: what the block is made of and what it is given, sizes aside."""
+    """The kind of a call: what the block is made of and the types of its arguments, but no sizes."""
     modules = [
         (name, type(module), *((key, bool(value)) for key, value in vars(module).items() if is_switch(value)))
         for name, module in call.block.named_modules()
@@ -296,7 +296,7 @@ def cloned(value):
 
 
 def all_block_classes():
-    """The classes of timm's whose source, or an ancestor's, makes a DropPath or keeps one that it is given."""
+    """timm's classes whose `__init__`, or that of a base class, creates a DropPath or stores one that it is given."""
     modules = [module for name, module in sys.modules.items() if re.match(r"timm\.(models|layers)\b", name)]
     classes = {value for module in modules for value in vars(module).values() if inspect.isclass(value)}
     classes = [cls for cls in classes if issubclass(cls, nn.Module) and any(map(_holds_drop_path, cls.__mro__))]

@@ -1,4 +1,4 @@
-"""Those of timm's own tests that name the networks or modules they test, called on this package's networks.
+"""timm's own tests that select networks by name or module, called on this package's networks.
 
 Run from the root of timm's source distribution, which holds those tests: see `.ci/timm_suite`.
 """
