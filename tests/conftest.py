@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from hub_server import Hub
 
-# huggingface_hub reads these when it is imported. They point it to the Hub on loopback, and have it upload over LFS.
+# huggingface_hub reads these when it is imported. They point it to the Hub on loopback and make it upload through LFS.
 HUB = Hub()
 HF_HOME = tempfile.TemporaryDirectory()
 os.environ.update(
@@ -27,10 +27,10 @@ for name in ("HF_HUB_OFFLINE", "HF_HUB_CACHE", "HF_TOKEN", "HF_TOKEN_PATH", "HUG
     os.environ.pop(name, None)
 # The suite runs in one process per core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# What a shell script runs in the background ignores Ctrl-C, and the scripts that tests start would inherit that.
+# Processes that a shell script runs in the background ignore Ctrl-C, and scripts that tests start would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-# Runs are compared bit for bit with others on the CPU, so they use the CPU even if there is a GPU.
+# Runs are compared bit for bit, and with computations on the CPU, so they use the CPU even if there is a GPU.
 os.environ["ACCELERATE_USE_CPU"] = "1"
 
 import timm  # noqa: E402
@@ -45,7 +45,7 @@ multiprocessing.set_forkserver_preload(["timm_sd.training"])
 
 
 def take_few_images(monkeypatch):
-    """Replace the data with the first 100 synthetic images to learn from and the first 50 to test on."""
+    """Cut every data set to its first 100 images to learn from and its first 50 to test on."""
     monkeypatch.setattr(data, "load", few)
 
 
@@ -70,7 +70,7 @@ def in_processes(function, *arguments):
 
 @pytest.fixture(autouse=True)
 def restore_threads():
-    """Undo a test's change of the number of threads: two test processes with a thread per core each are very slow."""
+    """Undo a test's change to the number of threads: two test processes with a thread per core each are very slow."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)

@@ -185,7 +185,7 @@ def fuzz_run(random: Random, work: Path, changes: list[str], whole: Path) -> Non
 
 
 def change_weights(file: Path, random: Random) -> str:
-    """Rewrite a safetensors file with a changed tensor; return a description."""
+    """Damage a tensor of a safetensors file, or halve the precision of the others; return a description."""
     tensors = load_file(file)
     kind = random.choice(["", "survival", "running_var"])
     name = random.choice([name for name in tensors if name.endswith(kind)])
@@ -252,7 +252,7 @@ def fuzz_weights(random: Random, work: Path, changes: list[str], whole: Path) ->
         raise UserError(str(error)) from error
     assert not is_no_network(file, whole), "it was loaded"
     assert all(tensor.isfinite().all() for tensor in network.state_dict().values()), "not finite"
-    # A flipped bit can make a weight huge. It is still a valid number, but the output overflows.
+    # A flipped bit can make a weight huge. It is still a valid number, but the output may overflow.
     huge = any(tensor.float().abs().max() > 1e6 for tensor in load_file(file).values())
     assert huge or network.eval()(torch.ones(1, 3, 32, 32)).isfinite().all(), "an output that is not finite"
 

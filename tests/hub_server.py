@@ -46,7 +46,7 @@ class Hub:
         threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
 
     def open(self, root):
-        """Start an empty Hub in a folder."""
+        """Begin with an empty Hub whose files are kept in the folder `root`."""
         self.root, self.requests, self.faults = root, [], {}
         (root / "blobs").mkdir(parents=True)
 

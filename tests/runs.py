@@ -1,4 +1,4 @@
-"""Runs that tests start in processes of their own."""
+"""Training runs that tests start in separate processes."""
 
 import functools
 import json
@@ -51,7 +51,7 @@ def noted(output: str | Path, name: str = "", rank: str = "", at: str = "", opti
         if [str(run.accelerator.process_index), str(index)] == [rank, at]:
             os.kill(os.getpid(), signal.Signals[name])
         step(run, images, labels, gates, batch_size)
-        # The mean over channels and pixels tells images apart.
+        # The mean over channels and pixels tells different images apart.
         notes["steps"].append(
             dict(gates=gates.tolist(), labels=labels.tolist(), images=images.mean((1, 2, 3)).tolist(), of=batch_size)
         )

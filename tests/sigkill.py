@@ -33,7 +33,7 @@ def end_of(folder: Path) -> tuple[bytes, list[dict]]:
 
 
 def kill(rivals: list[subprocess.Popen], folder: Path, delay: float, while_writing: bool) -> None:
-    """Kill the processes after `delay` seconds, with `while_writing` once a checkpoint is half written."""
+    """Kill the processes after `delay` seconds; with `while_writing`, not until a checkpoint is half written."""
     moment = time.monotonic() + delay
     while any(run.poll() is None for run in rivals):
         if time.monotonic() >= moment and (not while_writing or (folder / "checkpoints" / "partial").exists()):

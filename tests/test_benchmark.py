@@ -61,8 +61,8 @@ def test_peers_compute_what_they_drop(benchmark, peer):
 
 
 def test_the_clock_of_the_stages(benchmark, monkeypatch):
-    """The clock ticks whenever it is read: once per forward and backward, and once more for each neighboring stage,
-    since both stages' backward passes read it at the tensor between them."""
+    """The clock ticks whenever it is read. A forward or backward pass takes one tick, and each neighboring stage adds
+    one, since both stages' backward passes read the clock at the tensor between them."""
     ticks = iter(range(1000))
     monkeypatch.setattr(benchmark, "now", lambda: next(ticks))
     network = timm.create_model("cifar_resnet20").train()
@@ -114,7 +114,7 @@ def test_dinov2_form_is_mode_count(peers):
         torch.manual_seed(1)
         output = network(x)
         output.square().sum().backward()
-        # Sorted by norm, since the parameters have other names and another order.
+        # Sorted by norm, since the parameters' names and order differ.
         gradients = sorted((p.grad.flatten() for p in network.parameters()), key=lambda g: g.norm().item())
         results.append([output, *gradients])
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
@@ -170,7 +170,7 @@ def test_what_is_dropped(peers):
 
 
 def test_the_clock_of_the_branches(peers):
-    """The clock ticks whenever it is read: once for each branch's forward pass and once for its backward pass."""
+    """The clock ticks whenever it is read, so a branch's forward pass takes one tick and its backward pass another."""
     ticks = count()
     step, seconds = peers.make_clocked_step("test_vit", 0.4, 2, lambda: next(ticks))
     calls = len(peers.survival_of("test_vit", 0.4))

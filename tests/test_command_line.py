@@ -25,7 +25,7 @@ def test_one_line():
     assert str(UserError("a\nb")) == "a b"
 
 
-def test_user_input_is_quoted_in_one_line(command):
+def test_any_user_input_is_reported_in_one_line(command):
     for name in ("\x1b[31mred", "two\nlines", "x" * 100_000):
         for arguments in (("--model", name), ("--epochs", name), (f"--{name}",)):
             status, out, err = command("train", "--dataset", "synthetic", *arguments)
@@ -64,7 +64,7 @@ def test_a_tilde_is_the_home_folder(monkeypatch):
 
 @pytest.mark.parametrize("name", ["train", "validate", "figures", "publish", "benchmark"])
 def test_ctrl_c_while_a_script_imports(tmp_path, name):
-    """The signal arrives during a script's first import."""
+    """The signal arrives when argparse is imported, right after `start`."""
     (tmp_path / "argparse.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
     done = subprocess.run(
         [sys.executable, SCRIPTS / f"{name}.py"], env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
@@ -106,12 +106,12 @@ assert len(timm_sd.gates(timm_sd.skip_drop_path(model))) > 0
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
-def test_ctrl_c_later(capsys):
+def test_ctrl_c_after_the_imports(capsys):
     with pytest.raises(SystemExit, match=r"train\.py: interrupted"), one_line_errors("train.py"):
         signal.raise_signal(signal.SIGINT)
 
 
-def test_a_run_finishes_without_its_output(command, few_images, tmp_path):
+def test_a_run_finishes_if_its_output_cannot_be_written(command, few_images, tmp_path):
     program = ["--model", "cifar_resnet20_sd", "--dataset", "synthetic", "--epochs", "2", "--output", tmp_path / "run"]
     with open("/dev/full", "w") as full, contextlib.redirect_stdout(full):
         status, _, err = command("train", *program)

@@ -57,7 +57,7 @@ def test_the_table_of_models(card):
     assert f"{record.best['test_error']:.2f}% for" in (ROOT / "docs" / "networks.md").read_text()
 
 
-def test_links_work():
+def test_relative_links_exist():
     for page in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")):
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             assert target.startswith("https://") or (page.parent / target).exists(), (page.name, target)

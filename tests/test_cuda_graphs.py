@@ -66,7 +66,7 @@ def batches(device):
 
 
 @pytest.mark.parametrize("name", ["cifar_resnet20_sd", "cifar_resnet20"])
-def test_graphed_training_is_eager_training(device, name):
+def test_graphed_training_equals_eager_training(device, name):
     """Weights, statistics and losses agree for all sorts of gates, with an optimizer that needs every gradient."""
     eager, graphed = make_twins(name, device)
     for key, value in eager.state_dict().items():
@@ -111,7 +111,7 @@ def test_kept_blocks_are_replayed_and_dropped_ones_are_not(device, monkeypatch):
 
 
 def test_a_dropped_block_creates_no_gradients(device, monkeypatch):
-    """Its gradients stay the zeros that they are; eager training has to create them."""
+    """Its gradients simply stay zero; eager training has to create the zeros."""
     _, graphed = make_twins("cifar_resnet20_sd", device)
     monkeypatch.setattr(gate._ZeroGradients, "apply", None)
     addresses = [parameter.grad.data_ptr() for parameter in graphed.parameters()]
@@ -124,7 +124,7 @@ def test_a_dropped_block_creates_no_gradients(device, monkeypatch):
 
 
 def test_buffers_are_chained(device, monkeypatch):
-    """Only the input of the first block, the gradient of the last, and what skips a dropped block are copied."""
+    """Only the first block's input, the last block's output gradient and what skips a dropped block are copied."""
     _, graphed = make_twins("cifar_resnet20_sd", device)
     copies = []
     copy = cuda_graphs._copy
@@ -154,7 +154,7 @@ def test_evaluation_does_not_use_the_graphs(device):
 
 
 @pytest.mark.parametrize("forced", [False, True])
-def test_a_run_with_graphs_is_one_without(few_images, tmp_path, device, monkeypatch, forced):
+def test_a_run_with_graphs_equals_one_without(few_images, tmp_path, device, monkeypatch, forced):
     """The last batch has another shape. Without CUDA the flag has no effect unless the test forces it."""
     options = Options("cifar_resnet20_sd", "synthetic", epochs=1, batch_size=32, output=tmp_path / "eager")
     training.train(options)

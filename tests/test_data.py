@@ -32,7 +32,7 @@ def make_standardize():
     return data.Standardize.of(timm.create_model("cifar_resnet20.cifar10"), torch.device("cpu"))
 
 
-def test_standardize_is_what_timms_transform_does():
+def test_standardize_equals_timms_transform():
     images = make_set(5).images
     network = timm.create_model("cifar_resnet20.cifar10")
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(network))
@@ -71,7 +71,7 @@ def test_an_epoch_has_every_image_once_and_a_partial_last_batch():
     assert all(images.is_contiguous(memory_format=torch.channels_last) for images, _ in batches)
 
 
-def test_each_training_image_is_shifted_by_itself():
+def test_each_training_image_has_its_own_shift():
     images = make_set()
     standardized = torch.nn.functional.pad(make_standardize()(images.images), (4, 4, 4, 4))
     seen = set()
@@ -143,7 +143,7 @@ def test_synthetic_images():
 
 @pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
 @pytest.mark.parametrize("download", [False, True])
-def test_cifar_is_torchvisions(monkeypatch, dataset, download):
+def test_cifar_equals_torchvisions(monkeypatch, dataset, download):
     class Cifar:
         """Like torchvision's: `data` uint8 of shape (N, 32, 32, 3), `targets` a list."""
 
@@ -240,7 +240,7 @@ def test_the_authors_split_of_svhn(svhn):
 
 
 def test_the_papers_protocol_for_svhn(svhn, monkeypatch, tmp_path):
-    """No augmentation, 598,388 images per epoch of the real files, and digits as class names."""
+    """No augmentation, 598,388 training images, digits as class names, and learning rate drops at 60% and 70%."""
     protocol = PROTOCOLS["svhn"]
     assert (protocol.training_images, protocol.held_out, protocol.epochs) == (598_388, 10 * (400 + 200), 50)
     network = timm.create_model("cifar_resnet152_sd.svhn")

@@ -65,7 +65,7 @@ def metrics(folder):
     ]
 
 
-def test_there_are_two_processes_that_agree(run):
+def test_two_processes_agree(run):
     _, (first, second), errors = run
     assert [notes["processes"] for notes in (first, second)] == [2, 2]
     assert first["wrapper"] == "DistributedDataParallel"
@@ -76,7 +76,7 @@ def test_there_are_two_processes_that_agree(run):
     assert "arning" not in errors
 
 
-def test_every_training_image_once_an_epoch(run):
+def test_every_training_image_once_per_epoch(run):
     _, notes, _ = run
     learning, _ = runs.uneven("synthetic", None)
     training_set, _ = data.split(learning, seed=0, dataset="synthetic")
@@ -90,7 +90,7 @@ def test_every_training_image_once_an_epoch(run):
         assert len(means) == len(training_set)
 
 
-def test_it_is_the_protocol(run):
+def test_the_run_follows_the_protocol(run):
     """Mean gradients over unevenly divided batches, statistics of each process (the first's are kept), and metrics."""
     folder, _, _ = run
     options = Options("cifar_resnet20_sd", "synthetic", epochs=2, batch_size=64)
@@ -105,7 +105,7 @@ def test_it_is_the_protocol(run):
 
 
 def test_regularizers(tmp_path):
-    """They are drawn for the whole batch as in one process, also after one of the two was stopped and resumed."""
+    """They are drawn for the whole batch as in one process, also after a signal to one process and resuming."""
     folder, arguments = tmp_path / "run", json.dumps(REGULARIZERS)
     statuses, errors = launch(folder, "SIGTERM", "1", "1", arguments)
     assert statuses == [1, 1], errors
@@ -123,7 +123,7 @@ def test_regularizers(tmp_path):
 
 
 def test_interrupted_and_resumed(run, tmp_path, monkeypatch):
-    """A signal to one process stops both within an epoch, later one is killed; the result is the same."""
+    """A signal to one process stops both within an epoch, and later one is killed; the final result is the same."""
     folder, notes, _ = run
     interrupted = tmp_path / "run"
     statuses, errors = launch(interrupted, "SIGTERM", "1", "1")
@@ -215,13 +215,13 @@ class Processes:
         (2, dict(cuda_graphs=True), "--cuda-graphs: it works only in one process"),
     ],
 )
-def test_what_cannot_be_divided_is_refused(monkeypatch, processes, kwargs, message):
+def test_options_for_one_process_are_refused(monkeypatch, processes, kwargs, message):
     monkeypatch.setattr(machine, "Accelerator", lambda **_: Processes(processes))
     with pytest.raises(UserError, match=message):
         training.train(Options("cifar_resnet20_sd", "synthetic", **kwargs))
 
 
-def test_other_ways_to_divide_are_refused(monkeypatch):
+def test_fsdp_is_refused(monkeypatch):
     monkeypatch.setattr(machine, "Accelerator", lambda **_: Processes(2, DistributedType.FSDP))
     with pytest.raises(UserError, match="FSDP is not supported: launch with --multi_gpu"):
         training.train(Options("cifar_resnet20_sd", "synthetic"))

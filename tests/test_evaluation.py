@@ -21,7 +21,7 @@ def network():
     return timm.create_model("cifar_resnet20_sd").eval()
 
 
-def test_evaluate_counts_by_hand(network, monkeypatch):
+def test_evaluate_against_counts_by_hand(network, monkeypatch):
     monkeypatch.setattr(evaluation, "BATCH_SIZE", 16)
     images, _ = data.load("synthetic", None)
     images = images[:53]
@@ -47,7 +47,7 @@ def run(few_images, tmp_path, capsys):
 
 
 def test_a_runs_weights_have_its_errors(command, run):
-    """`--run` is enough to tell the model, the data set and the split."""
+    """`--run` alone determines the model, the data set and the seed of the split."""
     metrics = json.loads((run / "metrics.jsonl").read_text())
     learning, test = data.load("synthetic", None)
     for split, part in (("validation", data.split(learning, 3, "synthetic")[1]), ("test", test)):
@@ -63,7 +63,7 @@ def test_a_runs_weights_have_its_errors(command, run):
 
 
 def test_weights_alone(command, run):
-    """In the network that was trained and in its plain twin; `--seed` selects the split."""
+    """They are evaluated in the network that was trained and in its plain twin. `--seed` determines the split."""
     metrics = json.loads((run / "metrics.jsonl").read_text())
     for model in ("cifar_resnet20_sd", "cifar_resnet20"):
         arguments = ["--model", model, "--checkpoint", run / "model.safetensors", "--dataset", "synthetic"]
@@ -71,7 +71,7 @@ def test_weights_alone(command, run):
         assert f"top-1 error {metrics['validation_error']:.2f}%" in out
 
 
-def test_left_out_blocks(command, run, network):
+def test_dropped_blocks(command, run, network):
     """Block 4 is the first of the second group, so its shortcut pools and pads."""
     _, out, _ = command("validate", "--run", run, "--drop-blocks", "3,4")
     network.load_state_dict(load_file(run / "model.safetensors"))
@@ -123,7 +123,7 @@ def test_left_out_blocks(command, run, network):
         ),
     ],
 )
-def test_wrong_input_gets_one_line(command, run, arguments, message):
+def test_wrong_input_is_reported_in_one_line(command, run, arguments, message):
     status, out, err = command("validate", *(argument.format(run=run) for argument in arguments))
     assert status in (1, 2)
     assert out == ""

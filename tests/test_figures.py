@@ -90,7 +90,7 @@ def pair(made_up):
 
 
 def line(axes, label):
-    """The points of the line with a label."""
+    """The points of the line with this label."""
     (found,) = (line for line in axes.lines if line.get_label() == label)
     return np.asarray(found.get_xydata(), dtype=float)
 
@@ -125,7 +125,7 @@ def test_figure_3(pair):
 
 
 @pytest.mark.filterwarnings("error")
-def test_nothing_but_zeros_is_drawn_without_a_warning(made_up, tmp_path):
+def test_zeros_are_drawn_without_a_warning(made_up, tmp_path):
     made_up("zeros")
     lines = [json.loads(line) for line in Path("zeros/metrics.jsonl").read_text().splitlines()]
     zeros = dict.fromkeys(("train_loss", "train_error", "validation_error", "test_error", "conv1_gradient"), 0.0)
@@ -229,7 +229,7 @@ def test_figure_8(made_up):
     assert np.allclose(depths["linear, $p_L$ = 0.5"], [[20, 16], [32, 7]])
 
 
-def test_one_command_draws_it_all(command, pair, made_up, tmp_path):
+def test_one_command_draws_everything(command, pair, made_up, tmp_path):
     made_up("other", drop_path=0.2)
     arguments = ("--runs", "constant", "one", "two", "--sweep", "other", "constant", "--out", "out")
     status, out, _ = command("figures", *arguments)
@@ -331,7 +331,7 @@ def test_a_folder_without_a_run(command, tmp_path):
 
 
 def test_the_same_run_twice_in_a_sweep_is_noticed(command, made_up):
-    """One has p_L by its name, the other by --drop-path."""
+    """One gets p_L from its name, the other from --drop-path."""
     made_up("a")
     made_up("b", drop_path=0.5)
     status, _, err = command("figures", "--runs", "a", "--sweep", "a", "b", "--out", "out")
@@ -441,7 +441,7 @@ def test_a_damaged_run_is_named(command, made_up, damage, message):
     assert not Path("out").exists()
 
 
-def test_the_published_figure_is_that_of_the_network(made_up):
+def test_the_published_error_is_that_of_the_network(made_up):
     """Names do not matter: cifar_resnet110 with p_L = 0.5 is the paper's, cifar_resnet110_sd with another is not."""
     options = dict(dataset="cifar10", epochs=EPOCHS)
     for name, drop_path, schedule, expected in (

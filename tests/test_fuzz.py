@@ -6,7 +6,7 @@ import pytest
 from timm_sd import cifar_resnet
 
 
-@pytest.mark.filterwarnings("ignore")  # the client warns of what the Hub says
+@pytest.mark.filterwarnings("ignore")  # the client's warnings about the Hub's responses
 @pytest.mark.parametrize(("kind", "cases"), [("weights", 50), ("run", 24), ("hub", 16)])
 def test_damage_is_refused_in_one_line_or_does_no_harm(tmp_path, monkeypatch, kind, cases):
     fuzz.use_few_images(monkeypatch)

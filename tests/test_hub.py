@@ -130,7 +130,7 @@ def test_a_loaded_network_adapts_like_any_timm_model(publish, run, tmp_path):
     assert torch.equal(logits_of(timm.create_model(folder, pretrained=True)), expected)
 
 
-def test_the_plain_twins_weights_are_the_function_without_probabilities(publish, run, tmp_path):
+def test_the_plain_twins_weights_need_no_probabilities(publish, run, tmp_path):
     """As the card says: the plain twin's probabilities are all 1, so other code can ignore them."""
     publish()
     model = load(f"hf-hub:{REPO}", tmp_path / "cache")
@@ -532,7 +532,7 @@ def test_the_folder_is_locked_until_it_is_uploaded(publish, hub, run, monkeypatc
     assert publish()[0] == 0
 
 
-def test_cards_that_cannot_be_kept(publish, hub, tmp_path):
+def test_a_card_that_cannot_be_written(publish, hub, tmp_path):
     (tmp_path / "model_cards").write_text("a file")
     status, _, err = publish()
     assert status == 1
@@ -590,7 +590,7 @@ def test_the_token_is_never_printed_or_written(publish, hub, run, tmp_path):
     assert not [path for path, content in content_of(tmp_path).items() if TOKEN.encode() in content]
 
 
-def test_the_card_says_what_the_run_says(publish, hub, run, tmp_path):
+def test_the_card_agrees_with_the_run(publish, hub, run, tmp_path):
     publish()
     history = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     best = min(history, key=lambda line: line["validation_error"])
@@ -630,7 +630,7 @@ def test_the_card_says_what_the_run_says(publish, hub, run, tmp_path):
 
 
 def test_the_card_of_the_papers_protocol(command, run, tmp_path):
-    """Of a run of 500 epochs on CIFAR-10, invented from this one."""
+    """The finished run is edited to look like one of 500 epochs on CIFAR-10."""
     config = json.loads((run / "config.json").read_text())
     config["options"] |= dict(dataset="cifar10", epochs=500, batch_size=128, drop_path=None)
     (run / "config.json").write_text(json.dumps(config))
@@ -658,7 +658,7 @@ def test_a_published_folder_is_also_a_runs_folder(publish, run):
     assert "data_dir" not in text
 
 
-def test_the_server_compares_as_git_does():
+def test_the_server_hashes_files_as_git_does():
     assert git_oid(b"hello\n") == "ce013625030ba8dba906f756967f9e9ca394464a"
 
 

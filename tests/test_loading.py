@@ -52,7 +52,7 @@ def assert_same_function(network, trained):
 
 
 def assert_same_features(features, trained, groups=3):
-    """An extractor's outputs are the features of the first `groups` of the whole network `trained`."""
+    """Assert that an extractor's outputs are those of the first `groups` groups of `trained`, a whole network."""
     with torch.inference_mode():
         outputs = features.eval()(images())
         outputs = list(outputs.values()) if isinstance(outputs, dict) else outputs
@@ -97,7 +97,7 @@ def by_pretrained(trained, checkpoint, **target):
 
 
 def by_local_dir(trained, checkpoint, model_name, **target):
-    """The same path in timm as hf-hub:, but without a server."""
+    """timm loads it as it would from `hf-hub:`, but without a server."""
     config = dict(architecture=model_name, pretrained_cfg=dict(num_classes=10, input_size=[3, 32, 32]))
     (checkpoint.parent / "config.json").write_text(json.dumps(config))
     return timm.create_model(f"local-dir:{checkpoint.parent}", pretrained=True, **target)
@@ -223,7 +223,7 @@ EXTRACTORS = ["list", "dict", "hook", "getter", "fx"]
 @pytest.mark.parametrize("feature_cls", EXTRACTORS)
 @pytest.mark.parametrize("out_indices", [(0, 1, 2), (0, 1)])
 def test_features_only(trained, checkpoint, feature_cls, out_indices):
-    """Load weights with other probabilities into an extractor, then its weights into another one."""
+    """Load a network's weights into extractors with the same and other probabilities, then theirs into others."""
     kwargs = dict(features_only=True, feature_cls=feature_cls, out_indices=out_indices)
     plain = by_pretrained(trained, checkpoint, model_name="cifar_resnet20", **kwargs)
     same = by_pretrained(trained, checkpoint, model_name="cifar_resnet20_sd", **kwargs)

@@ -14,7 +14,7 @@ from timm_sd.options import Options
 
 @pytest.fixture
 def environment(monkeypatch):
-    """Without a launcher's variables or OMP_NUM_THREADS, and before Accelerate has started."""
+    """An environment without a launcher's variables or OMP_NUM_THREADS, in which Accelerate has not started."""
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
     for name in ("OMP_NUM_THREADS", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "ACCELERATE_MIXED_PRECISION"):
@@ -113,7 +113,7 @@ def test_a_missing_gpu(environment):
 
 
 def test_the_commit_of_the_checkout(tmp_path, monkeypatch):
-    """None if the package only lies in a checkout of something else, which does not track it."""
+    """It is None if the package lies in another project's checkout, which does not track it."""
 
     def git(*args):
         return subprocess.run(["git", "-C", tmp_path, *args], check=True, capture_output=True, text=True).stdout.strip()

@@ -28,12 +28,12 @@ def run(tmp_path, monkeypatch):
 
 def test_runs_a_script_as_python_does(tmp_path):
     (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "neighbour.py").write_text("name = 'neighbour'")
+    (tmp_path / "folder" / "neighbor.py").write_text("name = 'neighbor'")
     (tmp_path / "folder" / "script.py").write_text(
-        "import sys, timm, neighbour\n"
+        "import sys, timm, neighbor\n"
         "print(sys.argv)\n"
         "print(sys.path[0])\n"
-        "print(__name__, vars(sys.modules['__main__']) is globals(), neighbour.name)\n"
+        "print(__name__, vars(sys.modules['__main__']) is globals(), neighbor.name)\n"
         "print(type(timm.create_model('cifar_resnet20_sd')).__name__)\n"
         "unpatched = timm.create_model.__wrapped__\n"
         "print([name for name, module in sys.modules.items() if vars(module).get('create_model') is unpatched])\n"
@@ -50,7 +50,7 @@ def test_runs_a_script_as_python_does(tmp_path):
     assert done.stdout.splitlines() == [
         str(args),
         str(tmp_path / "folder"),
-        "__main__ True neighbour",
+        "__main__ True neighbor",
         "CifarResNet",
         "[]",
     ]
@@ -101,7 +101,7 @@ def test_exceptions_are_the_scripts_own(run):
     assert caught.traceback[-1].path.name == "script.py"
 
 
-def test_error_of_making_a_model_is_timms_own(run):
+def test_an_error_in_creating_a_model_is_timms_own(run):
     with pytest.raises(RuntimeError, match="Unknown model"):
         run("import timm; timm.create_model('no_such_model')", "--skip-drop-path", "row")
 

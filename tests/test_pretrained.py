@@ -1,4 +1,4 @@
-"""The packaged weights with everything that timm does with pretrained weights."""
+"""The packaged weights, put through everything that timm does with pretrained weights."""
 
 import hashlib
 import re
@@ -133,7 +133,7 @@ def test_a_name_without_weights(name):
 
 @pytest.fixture
 def copied_weights(tmp_path, monkeypatch):
-    """A copy of the packaged files that may be damaged; the file, and the arguments that load it."""
+    """Copy the packaged files, to be damaged; return one of them and the arguments that load it."""
     folder = tmp_path / "weights"
     folder.mkdir()
     for path in WEIGHTS.iterdir():

@@ -129,7 +129,7 @@ def test_functions_of_seed_and_step_for_any_number_of_processes(strengths):
 
 
 @pytest.mark.parametrize("name", ["mixup", "cutmix"])
-def test_integers_are_numbers_too(name):
+def test_integer_strengths_are_accepted(name):
     assert regularized(**{name: 1})[1].shape == (B, 10)
 
 

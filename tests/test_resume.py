@@ -29,7 +29,7 @@ def options_for(folder, **kwargs):
 
 
 def end_of(folder):
-    """The results of a finished run, without times, and its final weights and momentum."""
+    """A finished run's metrics and summary, without times, its best and last weights, and its momentum."""
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     summary = json.loads((folder / "summary.json").read_text())
     for record in (*metrics, summary):
@@ -205,7 +205,7 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path, monkeypatch, capsys):
     training.train(options_for(tmp_path, epochs=1))
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     capsys.readouterr()
-    monkeypatch.setattr(machine, "processor", lambda: "another")  # it takes no step there
+    monkeypatch.setattr(machine, "processor", lambda: "another")  # not recorded, since the run takes no step there
     training.train(options_for(tmp_path, epochs=1, resume=True))
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     lines = capsys.readouterr().out.splitlines()
@@ -220,7 +220,7 @@ def test_resuming_nothing_starts_a_run(whole, tmp_path, capsys):
 
 
 def test_a_run_without_checkpoints_is_left_alone(tmp_path):
-    """Somebody deleted the checkpoints of these weights and metrics."""
+    """Its weights and metrics are there, but somebody deleted its checkpoints."""
     training.train(options_for(tmp_path, epochs=1))
     shutil.rmtree(tmp_path / "checkpoints")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
@@ -341,7 +341,7 @@ def test_the_newest_checkpoint_by_number(two_checkpoints, tmp_path):
 
 
 def test_a_folder_belongs_to_one_process(two_checkpoints, tmp_path):
-    """As long as it trains. The lock file that is left is no obstacle."""
+    """As long as it trains. The lock file left behind is no obstacle."""
     run = shutil.copytree(two_checkpoints, tmp_path / "run")
     before = content_of(run)
     holder = run_folder.RunFolder(run)
@@ -354,7 +354,7 @@ def test_a_folder_belongs_to_one_process(two_checkpoints, tmp_path):
     training.train(options_for(run, resume=True))
 
 
-def test_a_new_run_is_locked_from_its_first_moment(tmp_path, monkeypatch):
+def test_a_new_run_is_locked_from_the_start(tmp_path, monkeypatch):
     """Even before its first checkpoint, no other run can start there."""
     step = training.Run.step
     refused = []

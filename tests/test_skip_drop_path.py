@@ -27,7 +27,7 @@ BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
 
 class ForcedDropPath(nn.Module):
-    """timm's DropPath with a choice of samples: it multiplies what has been computed by 0 or 1 / p.
+    """timm's DropPath, except that `draw` chooses the samples: it multiplies its input by 0 or 1 / p.
 
     It drops nothing in its first `spared` calls.
     """
@@ -100,11 +100,11 @@ def assert_close(found, expected):
         assert found is None or not found.any()
         return
     found = torch.zeros_like(expected) if found is None else found
-    atol = 1e-6 * max(1.0, expected.abs().max().item())  # some blocks compute a part in float32
+    atol = 1e-6 * max(1.0, expected.abs().max().item())  # some blocks compute parts in float32
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=atol)
 
 
-def randomised(block):
+def randomized(block):
     """Change the initial parameters, since layer scales and last normalizations often start at zero."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -137,10 +137,10 @@ def name_of(cls):
 @pytest.mark.parametrize("name", timm_blocks.EXAMPLES)
 @timm_blocks.one_thread()
 def test_blocks_compute_what_timms_do(name):
-    """Outputs and gradients of every kind of block, in every mode, with some gates closed and with all."""
+    """Outputs and gradients of every kind of block, in every mode, with some or all gates closed."""
     for block, args, kwargs in timm_blocks.block_calls(name):
         cls = name_of(type(block))
-        randomised(block).double()
+        randomized(block).double()
         args, kwargs = doubled(args), {key: doubled(value) for key, value in kwargs.items()}
         for mode, closed in (("row", False), ("row", True), ("count", False), ("batch", False), ("batch", True)):
             original, skipping = copy.deepcopy(block).train(), nn.Sequential(copy.deepcopy(block)).train()
@@ -161,9 +161,9 @@ def test_blocks_compute_what_timms_do(name):
             for path, module in list(original.named_modules()):
                 if isinstance(module, DropPath):
                     ours = skipping[0].get_submodule(path)
-                    ours.forward = nn.Identity().forward  # of calls that are not skipped
+                    ours.forward = nn.Identity().forward  # calls that are not skipped drop nothing
                     if id(ours) in skipped:
-                        # The first calls of one DropPath of these are not skipped.
+                        # In these blocks, the first calls of one DropPath are not skipped.
                         spared = {"edgenext.SplitTransposeBlock": 1, "coat.ParallelBlock": 3}.get(cls, 0)
                         original.set_submodule(path, ForcedDropPath(module, masks, draw, spared))
                     else:
@@ -390,14 +390,14 @@ class Chooses(nn.Module):
 
 
 def test_the_real_call_is_followed():
-    """With numbers, attributes that change later, and masks as long as the batch that have a row per sample or not."""
+    """With numbers, attributes that change later, and masks with and without one row per sample."""
     block = skip_drop_path(nn.Sequential(Chooses()))[0].train()
     x = torch.randn(4, 4)
     gate = torch.tensor([[True, False, True, True]])
-    rows = torch.rand(4, 1), torch.rand(1, 4), torch.rand(4), torch.rand(4, 4)
+    masks = torch.rand(4, 1), torch.rand(4, 4), torch.rand(1, 4), torch.rand(4)
     for twice in (False, True, False):
         block.twice = twice
-        for mask in (None, *rows[:2]):
+        for mask in (None, *masks):
             for scale in (1.0, 3.0):
                 with use_gates(block, gate):
                     found = block(x, mask, scale=scale)
@@ -406,7 +406,7 @@ def test_the_real_call_is_followed():
 
 
 class Variants(nn.Module):
-    """Forward methods whose graph depends on the block, or that no graph can express."""
+    """Forward methods whose graph depends on the block's attributes, or whose DropPath cannot be skipped."""
 
     def __init__(self, way, inner=None):
         super().__init__()
@@ -478,7 +478,7 @@ def test_blocks_of_a_class_are_not_mixed_up(way, first, second):
 
 
 @pytest.mark.parametrize("way", ["square", "no_grad", "random", "alias", "view", "batch_size"])
-def test_what_a_graph_cannot_express_is_refused(way):
+def test_what_cannot_be_skipped_is_refused(way):
     with pytest.raises(ValueError, match=r"cannot be skipped.*drop_path of Variants, because"):
         skip_drop_path(nn.Sequential(Variants(way)), strict=True)
 
@@ -493,17 +493,24 @@ def test_a_call_that_cannot_be_skipped_leaves_other_blocks_alone():
             assert torch.equal(block(x), x)
 
 
-def test_an_ambiguous_mask_is_not_guessed_at():
-    """With four samples, nothing tells whether the mask, of shape (4,), has one row per sample."""
-    block = skip_drop_path(nn.Sequential(Chooses()))[0].train()
+class FourSamples(Chooses):
+    """A block whose branch works for four samples only."""
+
+    def forward(self, x, mask):
+        return x + self.drop_path((self.linear(x) * mask).view(4, 4))
+
+
+def test_a_branch_that_needs_the_whole_batch_is_computed_in_full():
+    block = skip_drop_path(nn.Sequential(FourSamples()))[0].train()
     x, mask = torch.randn(4, 4), torch.rand(4)
     torch.manual_seed(0)
-    with use_gates(block, torch.tensor([[True, False, True, True]])):
+    with pytest.warns(UserWarning, match="cannot tell which inputs"):
         found = block(x, mask)
-    torch.testing.assert_close(found[[0, 2, 3]], (x + 2 * block.linear(x) * mask)[[0, 2, 3]])
+    torch.manual_seed(0)
+    torch.testing.assert_close(found, x + block.drop_path(block.linear(x) * mask))
 
 
-# With everything else
+# Together with other features
 
 
 def test_copies_and_pickles(tmp_path):
@@ -588,7 +595,7 @@ def train_under_ddp(rank, init_file, mode):
 
 
 @pytest.mark.parametrize("mode", ["row", "batch"])
-def test_ddp_needs_no_unused_parameters(tmp_path, mode):
+def test_ddp_does_not_need_find_unused_parameters(tmp_path, mode):
     start_processes(train_under_ddp, (tmp_path / "init", mode), nprocs=2, start_method="forkserver")
 
 

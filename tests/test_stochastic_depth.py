@@ -337,7 +337,7 @@ def test_frozen_parameters_stay_without_gradient():
 
 @pytest.mark.parametrize(("mode", "kept"), [("row", [0, 2, 3]), ("row", [5]), ("row", []), ("count", [1, 2, 5])])
 def test_rows(mode, kept):
-    """Outputs, gradients and statistics against the block computed by hand on the kept rows alone."""
+    """Outputs and gradients against the block computed by hand on the kept rows alone."""
     block = make_block(mode=mode).train()
     x, weights = inputs_after_relu().requires_grad_(), inputs()
     expected = x.clone()
@@ -481,7 +481,7 @@ def test_unknown_mode():
         make_block(mode="pixel")
 
 
-def test_repr_tells_probability_and_mode():
+def test_repr_shows_probability_and_mode():
     assert "survival=0.5000, mode='batch'" in repr(make_block())
 
 
@@ -649,7 +649,7 @@ def test_training_with_counts_compiles_to_one_graph():
 
 
 @pytest.mark.parametrize("provided", [True, False])
-def test_compiled_training_with_counts_is_eager_training(provided):
+def test_compiled_training_with_counts_equals_eager_training(provided):
     network = small_network(drop_path_mode="count").train()
     compiled = torch.compile(copy.deepcopy(network), backend="aot_eager", fullgraph=True)
     for model in (network, compiled):
@@ -692,7 +692,7 @@ def train_under_ddp(rank, init_file, mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_ddp_needs_no_unused_parameters(tmp_path, mode):
+def test_ddp_does_not_need_find_unused_parameters(tmp_path, mode):
     start_processes(train_under_ddp, (tmp_path / "init", mode), nprocs=2, start_method="forkserver")
 
 

@@ -43,7 +43,7 @@ def test_learning_rate_of_one_cycle():
     assert rates == pytest.approx([0.45, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1])
 
 
-def test_learning_rate_in_proportion():
+def test_learning_rate_of_a_shorter_run():
     rates = [stepwise(epoch, 10, 0.1, (0.5, 0.75)) for epoch in range(1, 11)]
     assert rates == pytest.approx([0.1] * 4 + [0.01] * 3 + [0.001] * 3)
 
@@ -73,7 +73,7 @@ def test_defaults_are_the_papers():
         (dict(ema_decay=0.5), "steps", None),
     ],
 )
-def test_a_run_is_the_protocol(few_images, tmp_path, regularizers, lr_schedule, rates):
+def test_a_run_follows_the_protocol(few_images, tmp_path, regularizers, lr_schedule, rates):
     options = Options(
         model="cifar_resnet20_sd",
         dataset="synthetic",
@@ -116,7 +116,7 @@ def test_a_run_is_a_function_of_its_seed(few_images, tmp_path):
 
 
 def test_saved_weights_are_the_best_by_validation(few_images, tmp_path, monkeypatch):
-    """With validation errors of 50, 30, 30 and 40, epoch 2 is kept, whatever the test errors."""
+    """With validation errors of 50, 30, 30 and 40, the weights of epoch 2 are kept, whatever the test errors."""
     errors = iter([50.0, 9.0, 30.0, 8.0, 30.0, 1.0, 40.0, 0.0])
     states = []
 
@@ -270,7 +270,7 @@ def test_command(command, few_images, tmp_path):
         (["--dataset", "synthetic", "--output", "/dev/null/run"], "/dev/null/run"),
     ],
 )
-def test_wrong_input_gets_one_line(command, few_images, tmp_path, monkeypatch, arguments, message):
+def test_wrong_input_is_reported_in_one_line(command, few_images, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     status, out, err = command("train", *arguments)
     assert status in (1, 2)
@@ -331,7 +331,7 @@ def test_a_run_records_its_options_and_environment(few_images, tmp_path):
 
 
 def test_trackers(few_images, tmp_path):
-    """TensorBoard itself reads every metric of every epoch."""
+    """TensorBoard's own reader finds every metric of every epoch."""
     options = Options("cifar_resnet20_sd", "synthetic", epochs=2, batch_size=32, log_with="tensorboard")
     training.train(replace(options, output=tmp_path / "run"))
     accumulator = EventAccumulator(str(tmp_path / "run" / "timm-sd"))
@@ -343,7 +343,7 @@ def test_trackers(few_images, tmp_path):
 
 
 def test_gradient_checkpointing_changes_the_running_statistics_alone(few_images, tmp_path):
-    """It computes each kept block twice, which updates its running statistics twice."""
+    """Each kept block is computed twice and updates its statistics twice; the steps themselves are the same."""
     states = []
     for name, grad_checkpointing in (("a", False), ("b", True)):
         options = Options("cifar_resnet20_sd", "synthetic", epochs=1, batch_size=32, output=tmp_path / name)

@@ -123,7 +123,7 @@ EXAMPLES = dict(
     regnetx_002=dict(w0=8, wa=8, wm=2, depth=6),
     regnetv_040=dict(w0=8, wa=8, wm=2, depth=6, group_size=8),
     res2net50_26w_4s=LAYERS,
-    # Its DropPath acts on the downsampling shortcut, if there is one, after the branch has been computed.
+    # Its DropPath acts on the block's input, after the branch has been computed. Only a downsampling shortcut sees it.
     resnest14d=dict(channels=(8, 16, 24, 32), layers=(1, 1, 1, 2)),
     test_resnet={},
     resnet18=LAYERS,
@@ -183,8 +183,8 @@ class Call(NamedTuple):
 
 @contextmanager
 def one_thread():
-    """Compute on one thread: more do not help with such small tensors, and with other processes on the cores, waiting
-    for each other would take ten times as long as the work."""
+    """Compute on one thread. More do not help with tensors this small, and if other processes keep the cores busy,
+    waiting for each other takes ten times as long as the work."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -195,9 +195,9 @@ def one_thread():
 
 @one_thread()
 def block_calls(name):
-    """Blocks of the model `EXAMPLES[name]` with the arguments of a forward pass, the last call of each kind.
+    """Blocks of the model `name` with the arguments of a forward pass, the last call of each kind.
 
-    All of them used a DropPath with a rate above 0. They are in training mode, and `label` says where a block is.
+    All of them used a DropPath with a rate above 0. They are in training mode.
     """
     model = small_model(name)
     calls, used, hooks = [], set(), []
@@ -208,9 +208,8 @@ def block_calls(name):
     def before_drop_path(drop_path, args):
         used.add(drop_path)
 
-    for path, block in model.named_modules():
+    for block in model.modules():
         if own := drop_paths(block):
-            block.label = f"{name} {path}"
             hooks.append(block.register_forward_pre_hook(before_block, with_kwargs=True))
             hooks += [drop_path.register_forward_pre_hook(before_drop_path) for drop_path in own if drop_path.drop_prob]
     with torch.no_grad():
@@ -247,7 +246,7 @@ def inputs(name):
 
 
 def drop_paths(block):
-    """The DropPaths among a block's children, or in containers among them. A container itself has none."""
+    """The DropPaths that belong to a block: its children, or in containers among them. A container itself has none."""
     return [] if isinstance(block, CONTAINERS) else list(_drop_paths_below(block))
 
 

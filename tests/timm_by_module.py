@@ -9,7 +9,7 @@ import timm
 import timm_sd  # noqa: F401  registers the networks
 from tests import test_models as timms  # of timm's source distribution
 
-# All depths are the same code, and 1202 layers take three times as long as all others together.
+# All depths run the same code, and 1202 layers would take most of the time.
 NAMES = timm.list_models("cifar_resnet*", exclude_filters="*1202*")
 
 
