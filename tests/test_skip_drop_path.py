@@ -14,6 +14,7 @@ import timm_blocks
 import torch
 import torch.distributed as dist
 from timm.layers import DropPath, LayerScale
+from timm.models.tiny_vit import TinyVitBlock
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -123,7 +124,6 @@ LEFT = {
     "rdnet.DenseBlock": "cannot be traced",
     "resnest.ResNestBottleneck": "does not go straight into a sum|used more than once",
     "rexnet.LinearBottleneck": "used more than once",
-    "tiny_vit.TinyVitBlock": "cannot be traced",
     "vision_transformer.ParallelThingsBlock": "inside a Sequential",
     "vision_transformer_sam.Block": "used more than once",
 }
@@ -405,6 +405,19 @@ def test_the_real_call_is_followed():
                 torch.testing.assert_close(found, x + 2 * gate.T * branch)
 
 
+def test_conditions_on_the_image_size_are_followed():
+    """TinyViT pads an image to whole windows, and takes one of the size of a window as it is."""
+    block = randomized(TinyVitBlock(8, num_heads=2, window_size=4, drop_path=0.5)).double()
+    converted = skip_drop_path(nn.Sequential(copy.deepcopy(block)), strict=True)
+    kept = torch.tensor([[True, False, True], [False, True, True]])
+    for drop_path, mask in zip((block.drop_path1, block.drop_path2), kept, strict=True):
+        drop_path.forward = lambda x, mask=mask: x * 2 * mask.view(-1, *[1] * (x.ndim - 1))
+    for size in ((4, 4), (8, 12), (6, 8), (8, 6), (12, 8), (4, 4)):
+        x = torch.randn(3, *size, 8, dtype=torch.float64)
+        with use_gates(converted, kept):
+            torch.testing.assert_close(converted(x), block(x))
+
+
 class Variants(nn.Module):
     """Forward methods whose graph depends on the block's attributes, or whose DropPath cannot be skipped."""
 
@@ -447,6 +460,12 @@ class Variants(nn.Module):
     def view(self, x):
         return x + self.drop_path(self.linear(x.flatten(1).mul_(2)))
 
+    def shape(self, x):
+        return x + self.drop_path(self.linear(x)) if x.shape[1] == 4 else x
+
+    def values(self, x):
+        return x + self.drop_path(self.linear(x)) if x.sum() > 0 else x
+
     def batch_size(self, x):
         return x + self.drop_path(self.linear(x) / x.shape[0])
 
@@ -477,7 +496,7 @@ def test_blocks_of_a_class_are_not_mixed_up(way, first, second):
             assert way == "scaled", "only what need not be linear is refused"
 
 
-@pytest.mark.parametrize("way", ["square", "no_grad", "random", "alias", "view", "batch_size"])
+@pytest.mark.parametrize("way", ["square", "no_grad", "random", "alias", "view", "shape", "values", "batch_size"])
 def test_what_cannot_be_skipped_is_refused(way):
     with pytest.raises(ValueError, match=r"cannot be skipped.*drop_path of Variants, because"):
         skip_drop_path(nn.Sequential(Variants(way)), strict=True)

@@ -188,8 +188,9 @@ class _Tracer(fx.Tracer):
     """Traces a block's own forward method as it would run with these arguments.
 
     Only tensors are symbolic; None, numbers and the like keep their values, so that `if mask is not None` goes the same
-    way as in the real call. A forward method is rejected if it does what no graph can express (change the gradient mode
-    or autocast, draw random numbers), or uses a tensor other than its arguments, parameters and buffers.
+    way as in the real call. So does a condition on the shapes and types of the arguments, which is also recorded. A
+    forward method is rejected if it does what no graph can express (change the gradient mode or autocast, draw random
+    numbers), or uses a tensor other than its arguments, parameters and buffers.
     """
 
     proxy_buffer_attributes = True
@@ -197,6 +198,7 @@ class _Tracer(fx.Tracer):
     def __init__(self, args: Sequence, kwargs: dict) -> None:
         super().__init__(autowrap_functions=tuple(get_notrace_functions()))
         self.call = args, kwargs
+        self.conditions: list[tuple[Callable[..., bool], bool]] = []
         self.modes = _modes()
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
@@ -235,6 +237,24 @@ class _Tracer(fx.Tracer):
         args = [self.root, *map(symbol, args)]
         keywords = {name: symbol(value) for name, value in kwargs.items()}
         return lambda *args: forward(*args, **keywords), args
+
+    def to_bool(self, proxy: fx.Proxy) -> bool:
+        nodes = list(self.graph.nodes)
+        needed = _ancestors([proxy.node], set(nodes))
+        if not all(node.op == "placeholder" or _is_size(node) for node in needed):
+            return super().to_bool(proxy)
+        function = fx.Graph()
+        copies = {}
+        for node in nodes:
+            if node.op == "placeholder" or node in needed:
+                copies[node] = function.node_copy(node, copies.__getitem__)
+        function.output(copies[proxy.node])
+        condition = _compile(function)
+        tensors = _tensors(*self.call)
+        # At conversion there are no tensors to decide by. If the real call goes another way, it gets another plan.
+        holds = bool(tensors) and bool(condition(self.root, *tensors))
+        self.conditions.append((condition, holds))
+        return holds
 
     def create_node(self, *args, **kwargs) -> fx.Node:
         if _modes() != self.modes:
@@ -295,17 +315,19 @@ class Call:
 class Plan:
     """A block's forward method for one kind of call, rewritten around gates.
 
-    `function` takes the block (twice) and the call's tensors. `arguments` describe the call, and `state` what tracing
-    has read from the block: the plan is used only while both match.
+    `function` takes the block (twice) and the call's tensors. `arguments` describe the call, `state` is what tracing
+    has read from the block, and `conditions` are those it has branched on, as functions of the block and the call's
+    tensors, each with whether it held. The plan is used only while all three match.
     """
 
     arguments: tuple
     state: dict[tuple[str, str], object]
+    conditions: list[tuple[Callable[..., bool], bool]] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
     function: Callable[..., Tensor] | None = None
 
-    def fits(self, block: nn.Module, arguments: tuple) -> bool:
+    def fits(self, block: nn.Module, arguments: tuple, tensors: Sequence[Tensor]) -> bool:
         if self.arguments != arguments:
             return False
         for (path, name), value in self.state.items():
@@ -314,7 +336,8 @@ class Plan:
                 owner = getattr(owner, key, None)
             if _state(getattr(owner, name, None)) != value:
                 return False
-        return True
+        # torch.compile cannot compare a condition on symbolic sizes with a bool, but it can branch on it.
+        return all(holds if condition(block, *tensors) else not holds for condition, holds in self.conditions)
 
 
 def _state(value: object) -> object:
@@ -352,6 +375,10 @@ def _arguments(args: Sequence, kwargs: dict) -> tuple:
     return len(args), *kwargs, *map(_kind, args), *map(_kind, kwargs.values())
 
 
+def _tensors(args: Sequence, kwargs: dict) -> list[Tensor]:
+    return [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+
+
 def _first_plan(block: nn.Module) -> Plan:
     """The plan for a call with only the required arguments, which are all assumed to be tensors."""
     parameters = list(inspect.signature(_base(type(block)).forward).parameters.values())[1:]
@@ -366,7 +393,8 @@ def _plan(block: nn.Module, args: Sequence, kwargs: dict) -> Plan:
     arguments = _arguments(args, kwargs)
     if object in arguments:
         raise CannotSkipError("an argument is neither a tensor nor a plain value")
-    graph, state = _Tracer(args, kwargs).trace_block(block)
+    tracer = _Tracer(args, kwargs)
+    graph, state = tracer.trace_block(block)
     for node in reversed(list(graph.nodes)):
         if not node.users and (_is_size(node) or node.target is operator.getitem):  # an unused B of `B, N, C = x.shape`
             graph.erase_node(node)
@@ -374,12 +402,14 @@ def _plan(block: nn.Module, args: Sequence, kwargs: dict) -> Plan:
         changed = _changed_by(block, node)
         if changed is not None and not _is_new(block, changed, node):
             raise CannotSkipError("it modifies in place a tensor that is used elsewhere")
-    plan = Plan(arguments, state)
+    plan = Plan(arguments, state, tracer.conditions)
     called = {node: block.get_submodule(node.target) for node in graph.nodes if node.op == "call_module"}
     drop_paths = [node for node, module in called.items() if isinstance(module, DropPath)]
     for name in _own_drop_paths(block):
         if any(name.startswith(f"{node.target}.") for node in called):
             plan.left[name] = "it is inside a Sequential"
+        elif plan.conditions and all(name != node.target for node in drop_paths):
+            plan.left[name] = "it is used for inputs of some shapes only"
     with graph.inserting_before(next(iter(graph.nodes))):
         itself = graph.placeholder("block")
     # If a DropPath is within the branch of another, the outer one gets the gate.
@@ -662,15 +692,15 @@ class _Skipping:
     def forward(self, *args, **kwargs) -> Tensor:
         if not any([gate.active for gate in self.drop_path_gates]):
             return super().forward(*args, **kwargs)
-        arguments = _arguments(args, kwargs)
+        arguments, tensors = _arguments(args, kwargs), _tensors(args, kwargs)
         for plan in self.drop_path_plans:
-            if plan.fits(self, arguments):
+            if plan.fits(self, arguments, tensors):
                 break
         else:
             plan = self.add_plan(args, kwargs)
         if plan.function is None:
             return super().forward(*args, **kwargs)
-        return plan.function(self, self, *(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)))
+        return plan.function(self, self, *tensors)
 
     @torch.compiler.disable
     def add_plan(self, args: Sequence, kwargs: dict) -> Plan:
