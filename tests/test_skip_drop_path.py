@@ -418,6 +418,42 @@ def test_conditions_on_the_image_size_are_followed():
             torch.testing.assert_close(converted(x), block(x))
 
 
+class SeveralWays(nn.Module):
+    """A block that goes a way of its own for each length of `way`."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm, self.drop_path = nn.Linear(4, 4), nn.BatchNorm1d(4), DropPath(0.5)
+
+    def forward(self, x, mask, way):
+        branch = self.linear(x)
+        if way.shape[0] == 1:
+            branch = branch * mask
+        if way.shape[0] == 2:
+            branch = branch * mask.unsqueeze(1)
+        if way.shape[0] == 3:
+            return x
+        if way.shape[0] == 4:
+            branch = branch * float(branch.detach().sum())
+        if way.shape[0] == 5:
+            branch = self.norm(branch)
+        return x + self.drop_path(branch)
+
+
+def test_each_way_through_a_block_is_planned_on_its_own():
+    block = skip_drop_path(nn.Sequential(SeveralWays()), strict=True)[0]
+    x, mask, kept = torch.randn(4, 4), torch.rand(4), torch.tensor([[True, False, False, False]])
+    for way, reason in ((4, "cannot be traced"), (5, "BatchNorm in its branch")):
+        with pytest.warns(UserWarning, match=f"SeveralWays computes what its DropPath drops: .*{reason}"):
+            block(x, mask, torch.zeros(way))
+    factors = {0: 1, 1: mask, 2: mask.unsqueeze(1), 3: 0, 6: 1}
+    for way, factor in [*factors.items()] * 2:
+        with use_gates(block, kept), warnings.catch_warnings():
+            warnings.simplefilter("error")
+            found = block(x, mask, torch.zeros(way))
+        torch.testing.assert_close(found, x + 2 * kept.T * block.linear(x) * factor)
+
+
 class Variants(nn.Module):
     """Forward methods whose graph depends on the block's attributes, or whose DropPath cannot be skipped."""
 
@@ -463,6 +499,14 @@ class Variants(nn.Module):
     def shape(self, x):
         return x + self.drop_path(self.linear(x)) if x.shape[1] == 4 else x
 
+    def set_of_shapes(self, x):
+        return x + self.drop_path(self.linear(x)) * (x.shape[1] in {4, 8})
+
+    def nameless_error(self, x):
+        if not x.shape[1] == 4:
+            raise ValueError
+        return x + self.drop_path(self.linear(x))
+
     def values(self, x):
         return x + self.drop_path(self.linear(x)) if x.sum() > 0 else x
 
@@ -496,7 +540,21 @@ def test_blocks_of_a_class_are_not_mixed_up(way, first, second):
             assert way == "scaled", "only what need not be linear is refused"
 
 
-@pytest.mark.parametrize("way", ["square", "no_grad", "random", "alias", "view", "shape", "values", "batch_size"])
+@pytest.mark.parametrize(
+    "way",
+    [
+        "square",
+        "no_grad",
+        "random",
+        "alias",
+        "view",
+        "shape",
+        "set_of_shapes",
+        "nameless_error",
+        "values",
+        "batch_size",
+    ],
+)
 def test_what_cannot_be_skipped_is_refused(way):
     with pytest.raises(ValueError, match=r"cannot be skipped.*drop_path of Variants, because"):
         skip_drop_path(nn.Sequential(Variants(way)), strict=True)

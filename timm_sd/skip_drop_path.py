@@ -99,21 +99,21 @@ def skip_drop_path(model: Model, mode: str = "row", strict: bool = False, allow_
             cannot be skipped. The model is then unchanged.
     """
     check_choice("mode", mode, MODES)
+    allow_batch_norm = allow_batch_norm or mode == "batch"
     plans, reasons = {}, {}
     for name, block in model.named_modules():
         if isinstance(block, CONTAINERS) or not any(_own_drop_paths(block)):
             continue
-        try:
-            plan = _first_plan(block)
-            if not allow_batch_norm and mode != "batch":
-                _refuse_batch_norm(name, block, plan)
-            if plan.calls:
-                plans[block] = plan
-            left = plan.left
-        except CannotSkipError as reason:
-            left = dict.fromkeys(_own_drop_paths(block), str(reason))
-        for reason in dict.fromkeys(left.values()):
-            calls = ", ".join(drop_path for drop_path in left if left[drop_path] == reason)
+        plan = _first_plan(block)
+        if not allow_batch_norm and (norm := next(_batch_norms(block, plan), None)):
+            raise ValueError(
+                f"{name} has a {type(norm).__name__} in its branch, which would compute its statistics from the kept"
+                ' samples only: use mode="batch", or allow it with allow_batch_norm=True'
+            )
+        if plan.calls:
+            plans[block] = plan
+        for reason in dict.fromkeys(plan.left.values()):
+            calls = ", ".join(drop_path for drop_path in plan.left if plan.left[drop_path] == reason)
             reasons.setdefault(f"{calls} of {_base(type(block)).__name__}, because {reason}", []).append(name)
     if reasons:
         message = "; ".join(f"{reason} ({', '.join(blocks)})" for reason, blocks in reasons.items())
@@ -126,6 +126,7 @@ def skip_drop_path(model: Model, mode: str = "row", strict: bool = False, allow_
         block.drop_path_gates = nn.ModuleList(DropPathGate(block, call.drop_path, mode) for call in plan.calls)
         block.drop_path_gates.train(block.training)
         block.drop_path_plans, block.drop_path_rows = [plan], {}
+        block.drop_path_allow_batch_norm = allow_batch_norm
     return model
 
 
@@ -138,15 +139,13 @@ def _own_drop_paths(module: nn.Module, prefix: str = "") -> Iterator[str]:
             yield from _own_drop_paths(child, f"{prefix}{name}.")
 
 
-def _refuse_batch_norm(name: str, block: nn.Module, plan: "Plan") -> None:
+def _batch_norms(block: nn.Module, plan: "Plan") -> Iterator[nn.Module]:
+    """The modules in a plan's branches that compute statistics over the batch."""
     for target in itertools.chain.from_iterable(call.attributes for call in plan.calls):
         value = operator.attrgetter(target)(block)
         for module in value.modules() if isinstance(value, nn.Module) else ():
             if isinstance(module, _BatchNorm) or getattr(module, "running_var", None) is not None:
-                raise ValueError(
-                    f"{name} has a {type(module).__name__} in its branch, which would compute its statistics from the"
-                    ' kept samples only: use mode="batch", or allow it with allow_batch_norm=True'
-                )
+                yield module
 
 
 # Tracing
@@ -161,6 +160,7 @@ class _Proxy(fx.Proxy):
     """Stands for a tensor, and passes for one if a forward method checks."""
 
     __class__ = Tensor
+    __hash__ = None  # `size in {4, 8}` would find nothing
     _is_param = False
 
     # fx.Proxy would turn `x += y` into an addition, and lose that x is modified.
@@ -195,10 +195,10 @@ class _Tracer(fx.Tracer):
 
     proxy_buffer_attributes = True
 
-    def __init__(self, args: Sequence, kwargs: dict) -> None:
+    def __init__(self, args: Sequence, kwargs: dict, conditions: list) -> None:
         super().__init__(autowrap_functions=tuple(get_notrace_functions()))
         self.call = args, kwargs
-        self.conditions: list[tuple[Callable[..., bool], bool]] = []
+        self.conditions = conditions
         self.modes = _modes()
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
@@ -241,7 +241,7 @@ class _Tracer(fx.Tracer):
     def to_bool(self, proxy: fx.Proxy) -> bool:
         nodes = list(self.graph.nodes)
         needed = _ancestors([proxy.node], set(nodes))
-        if not all(node.op == "placeholder" or _is_size(node) for node in needed):
+        if not _is_size(proxy.node) or not all(node.op == "placeholder" or _is_size(node) for node in needed):
             return super().to_bool(proxy)
         function = fx.Graph()
         copies = {}
@@ -274,7 +274,8 @@ class _Tracer(fx.Tracer):
             if not torch.equal(torch.get_rng_state(), random_state):
                 raise TypeError("it draws random numbers")
         except Exception as error:
-            raise CannotSkipError(f"its forward method cannot be traced ({str(error).splitlines()[0]})") from error
+            message = (str(error) or type(error).__name__).splitlines()[0]
+            raise CannotSkipError(f"its forward method cannot be traced ({message})") from error
         finally:
             for module, cls in classes.items():
                 module.__class__ = cls
@@ -317,11 +318,12 @@ class Plan:
 
     `function` takes the block (twice) and the call's tensors. `arguments` describe the call, `state` is what tracing
     has read from the block, and `conditions` are those it has branched on, as functions of the block and the call's
-    tensors, each with whether it held. The plan is used only while all three match.
+    tensors, each with whether it held. The plan is used only while all three match. DropPaths that it does not skip are
+    in `left`, each with the reason. Without a `function`, the block's own forward method is used.
     """
 
     arguments: tuple
-    state: dict[tuple[str, str], object]
+    state: dict[tuple[str, str], object] = field(default_factory=dict)
     conditions: list[tuple[Callable[..., bool], bool]] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
@@ -385,16 +387,28 @@ def _first_plan(block: nn.Module) -> Plan:
     required = [
         p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
     ]
-    return _plan(block, [Tensor] * len(required), {})
+    plan = _plan(block, [Tensor] * len(required), {})
+    if plan.conditions:
+        for name in _own_drop_paths(block):
+            if all(name != call.drop_path for call in plan.calls):
+                plan.left.setdefault(name, "not every call uses it")
+    return plan
 
 
 def _plan(block: nn.Module, args: Sequence, kwargs: dict) -> Plan:
-    """Trace and rewrite. Raises CannotSkipError."""
-    arguments = _arguments(args, kwargs)
-    if object in arguments:
+    plan = Plan(_arguments(args, kwargs))
+    try:
+        _rewrite(block, args, kwargs, plan)
+    except CannotSkipError as reason:
+        plan.left = dict.fromkeys(_own_drop_paths(block), str(reason))
+    return plan
+
+
+def _rewrite(block: nn.Module, args: Sequence, kwargs: dict, plan: Plan) -> None:
+    """Trace a block, and fill in the plan."""
+    if object in plan.arguments:
         raise CannotSkipError("an argument is neither a tensor nor a plain value")
-    tracer = _Tracer(args, kwargs)
-    graph, state = tracer.trace_block(block)
+    graph, plan.state = _Tracer(args, kwargs, plan.conditions).trace_block(block)
     for node in reversed(list(graph.nodes)):
         if not node.users and (_is_size(node) or node.target is operator.getitem):  # an unused B of `B, N, C = x.shape`
             graph.erase_node(node)
@@ -402,14 +416,11 @@ def _plan(block: nn.Module, args: Sequence, kwargs: dict) -> Plan:
         changed = _changed_by(block, node)
         if changed is not None and not _is_new(block, changed, node):
             raise CannotSkipError("it modifies in place a tensor that is used elsewhere")
-    plan = Plan(arguments, state, tracer.conditions)
     called = {node: block.get_submodule(node.target) for node in graph.nodes if node.op == "call_module"}
     drop_paths = [node for node, module in called.items() if isinstance(module, DropPath)]
     for name in _own_drop_paths(block):
         if any(name.startswith(f"{node.target}.") for node in called):
             plan.left[name] = "it is inside a Sequential"
-        elif plan.conditions and all(name != node.target for node in drop_paths):
-            plan.left[name] = "it is used for inputs of some shapes only"
     with graph.inserting_before(next(iter(graph.nodes))):
         itself = graph.placeholder("block")
     # If a DropPath is within the branch of another, the outer one gets the gate.
@@ -425,7 +436,6 @@ def _plan(block: nn.Module, args: Sequence, kwargs: dict) -> Plan:
         except CannotSkipError as reason:
             plan.left[node.target] = str(reason)
     plan.function = _compile(graph)
-    return plan
 
 
 def _find_branch(
@@ -603,7 +613,7 @@ def _gated_sum(index: int, call: Call) -> Callable[..., Tensor]:
         gate = block.drop_path_gates[index]
         has_rows = tuple(x is shortcut for x in inputs)
         if not all(has_rows):
-            key = index, gate.mode, shortcut.shape, *(x.shape for x in inputs)
+            key = call.branch, gate.mode, shortcut.shape, *(x.shape for x in inputs)
             if key not in block.drop_path_rows:
                 block.drop_path_rows[key] = _find_rows(block, call.branch, shortcut, inputs, gate.mode)
             has_rows = block.drop_path_rows[key]
@@ -705,14 +715,16 @@ class _Skipping:
     @torch.compiler.disable
     def add_plan(self, args: Sequence, kwargs: dict) -> Plan:
         """Add a plan for a new kind of call; if it cannot be rewritten, one without a function, with a warning."""
-        try:
-            plan = _plan(self, args, kwargs)
-            if [call.drop_path for call in plan.calls] != [gate.name for gate in self.drop_path_gates]:
-                plan.function = None
-                reason = "this call uses other DropPaths"
-        except CannotSkipError as error:
-            plan, reason = Plan(_arguments(args, kwargs), {}), error
+        plan, reason = _plan(self, args, kwargs), None
+        called = [call.drop_path for call in plan.calls]
         if plan.function is None:
+            reason = next(iter(plan.left.values()))
+        elif (called or plan.left) and called != [gate.name for gate in self.drop_path_gates]:
+            reason = "this call uses other DropPaths"
+        elif not self.drop_path_allow_batch_norm and any(_batch_norms(self, plan)):
+            reason = "this call has a BatchNorm in its branch"
+        if reason:
+            plan.function = None
             warnings.warn(f"{type(self).__name__} computes what its DropPath drops: {reason}", stacklevel=3)
         self.drop_path_plans.append(plan)
         return plan
@@ -724,8 +736,9 @@ class _Skipping:
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        with contextlib.suppress(CannotSkipError):
-            self.drop_path_plans.append(_first_plan(self))
+        plan = _first_plan(self)
+        if plan.function is not None:
+            self.drop_path_plans.append(plan)
 
 
 def _new(base: type[nn.Module]) -> nn.Module:
