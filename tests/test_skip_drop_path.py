@@ -502,13 +502,28 @@ class Variants(nn.Module):
     def set_of_shapes(self, x):
         return x + self.drop_path(self.linear(x)) * (x.shape[1] in {4, 8})
 
+    def set_of_dimensions(self, x):
+        return x + self.drop_path(self.linear(x)) * (x.ndim in {2, 4})
+
+    def endless(self, x):
+        length = x.shape[0]
+        while True:
+            if length % 8 == 0:
+                break
+            length = length + 1
+        return x + self.drop_path(self.linear(x))
+
+    def inner_shape(self, x):
+        branch = self.linear(x)
+        return x if branch.shape[1] == 8 else x + self.drop_path(branch)
+
     def nameless_error(self, x):
         if not x.shape[1] == 4:
             raise ValueError
         return x + self.drop_path(self.linear(x))
 
     def values(self, x):
-        return x + self.drop_path(self.linear(x)) if x.sum() > 0 else x
+        return x if x.sum() > 0 else x + self.drop_path(self.linear(x))
 
     def batch_size(self, x):
         return x + self.drop_path(self.linear(x) / x.shape[0])
@@ -543,21 +558,21 @@ def test_blocks_of_a_class_are_not_mixed_up(way, first, second):
 @pytest.mark.parametrize(
     "way",
     [
-        "square",
-        "no_grad",
-        "random",
-        "alias",
-        "view",
-        "shape",
-        "set_of_shapes",
-        "nameless_error",
-        "values",
-        "batch_size",
+        *("square", "no_grad", "random", "alias", "view", "shape", "set_of_shapes", "set_of_dimensions", "endless"),
+        *("inner_shape", "nameless_error", "values", "batch_size"),
     ],
 )
 def test_what_cannot_be_skipped_is_refused(way):
     with pytest.raises(ValueError, match=r"cannot be skipped.*drop_path of Variants, because"):
         skip_drop_path(nn.Sequential(Variants(way)), strict=True)
+
+
+def test_a_batch_norm_that_comes_later_is_refused():
+    block = skip_drop_path(nn.Sequential(Variants("children_in_a_loop", nn.Sequential(nn.Linear(4, 4)))))[0]
+    block.inner = nn.Sequential(nn.BatchNorm1d(4))
+    for same in (block, copy.deepcopy(block)):
+        with pytest.warns(UserWarning, match='BatchNorm in its branch needs mode="batch"'):
+            same(torch.randn(4, 4))
 
 
 def test_a_call_that_cannot_be_skipped_leaves_other_blocks_alone():

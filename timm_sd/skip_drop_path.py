@@ -81,7 +81,8 @@ def skip_drop_path(model: Model, mode: str = "row", strict: bool = False, allow_
 
     Inference, parameters, state dict, probabilities and scaling are unchanged. Samples are dropped with the current
     probability of each DropPath. Calls that cannot be rewritten are left unchanged, with a warning that names them and
-    says why.
+    says why. If a later call takes another way through a block, it is rewritten then, or computed in full with a
+    warning.
 
     Args:
         model: Any model whose blocks use `timm.layers.DropPath`, usually created with `drop_path_rate=`.
@@ -156,12 +157,21 @@ def _in_place(operation: Callable) -> Callable:
     return lambda x, y: x.tracer.create_proxy("call_function", operation, (x, y), {})
 
 
+class _Attribute(fx.proxy.Attribute):
+    """Stands for an attribute of a tensor."""
+
+    __hash__ = None  # `x.ndim in {2, 4}` would find nothing
+
+
 class _Proxy(fx.Proxy):
     """Stands for a tensor, and passes for one if a forward method checks."""
 
     __class__ = Tensor
-    __hash__ = None  # `size in {4, 8}` would find nothing
+    __hash__ = None
     _is_param = False
+
+    def __getattr__(self, name: str) -> _Attribute:
+        return _Attribute(self, name)
 
     # fx.Proxy would turn `x += y` into an addition, and lose that x is modified.
     __iadd__, __isub__, __imul__, __itruediv__ = map(
@@ -239,16 +249,19 @@ class _Tracer(fx.Tracer):
         return lambda *args: forward(*args, **keywords), args
 
     def to_bool(self, proxy: fx.Proxy) -> bool:
+        result = proxy.node
         nodes = list(self.graph.nodes)
-        needed = _ancestors([proxy.node], set(nodes))
-        if not _is_size(proxy.node) or not all(node.op == "placeholder" or _is_size(node) for node in needed):
+        needed = _ancestors([result], set(nodes))
+        if not _is_size(result) or not all(node.op == "placeholder" or _is_size(node) for node in needed):
             return super().to_bool(proxy)
+        if len(self.conditions) == 100:
+            raise TypeError("it branches too often")  # such as in a loop that ends when a condition holds
         function = fx.Graph()
         copies = {}
         for node in nodes:
             if node.op == "placeholder" or node in needed:
                 copies[node] = function.node_copy(node, copies.__getitem__)
-        function.output(copies[proxy.node])
+        function.output(copies[result])
         condition = _compile(function)
         tensors = _tensors(*self.call)
         # At conversion there are no tensors to decide by. If the real call goes another way, it gets another plan.
@@ -318,8 +331,9 @@ class Plan:
 
     `function` takes the block (twice) and the call's tensors. `arguments` describe the call, `state` is what tracing
     has read from the block, and `conditions` are those it has branched on, as functions of the block and the call's
-    tensors, each with whether it held. The plan is used only while all three match. DropPaths that it does not skip are
-    in `left`, each with the reason. Without a `function`, the block's own forward method is used.
+    tensors, each with whether it held. The plan is used only while all three match. `left` are the DropPaths that could
+    not be rewritten, each with the reason. If there is a `reason` not to use the plan, it has no `function`, and the
+    block's own forward method is used.
     """
 
     arguments: tuple
@@ -328,6 +342,7 @@ class Plan:
     calls: list[Call] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
     function: Callable[..., Tensor] | None = None
+    reason: str | None = None
 
     def fits(self, block: nn.Module, arguments: tuple, tensors: Sequence[Tensor]) -> bool:
         if self.arguments != arguments:
@@ -396,16 +411,18 @@ def _first_plan(block: nn.Module) -> Plan:
 
 
 def _plan(block: nn.Module, args: Sequence, kwargs: dict) -> Plan:
+    """The plan for calls like this one."""
     plan = Plan(_arguments(args, kwargs))
     try:
         _rewrite(block, args, kwargs, plan)
-    except CannotSkipError as reason:
-        plan.left = dict.fromkeys(_own_drop_paths(block), str(reason))
+    except CannotSkipError as error:
+        plan.reason = str(error)
+        plan.left = dict.fromkeys(_own_drop_paths(block), plan.reason)
     return plan
 
 
 def _rewrite(block: nn.Module, args: Sequence, kwargs: dict, plan: Plan) -> None:
-    """Trace a block, and fill in the plan."""
+    """Trace a block and fill in the plan. Raises CannotSkipError."""
     if object in plan.arguments:
         raise CannotSkipError("an argument is neither a tensor nor a plain value")
     graph, plan.state = _Tracer(args, kwargs, plan.conditions).trace_block(block)
@@ -696,6 +713,18 @@ def _find_rows(
     return None
 
 
+def _checked(block: nn.Module, plan: Plan) -> Plan:
+    """The plan, without its function if the block's gates are not for it."""
+    called = [call.drop_path for call in plan.calls]
+    if (called or plan.left) and called != [gate.name for gate in block.drop_path_gates]:
+        plan.reason = plan.reason or "this call uses other DropPaths"
+    elif not block.drop_path_allow_batch_norm and any(_batch_norms(block, plan)):
+        plan.reason = 'a BatchNorm in its branch needs mode="batch" or allow_batch_norm=True'
+    if plan.reason:
+        plan.function = None
+    return plan
+
+
 class _Skipping:
     """Mixin for a block's class: the forward method with gates if one is active, the block's own otherwise."""
 
@@ -715,17 +744,9 @@ class _Skipping:
     @torch.compiler.disable
     def add_plan(self, args: Sequence, kwargs: dict) -> Plan:
         """Add a plan for a new kind of call; if it cannot be rewritten, one without a function, with a warning."""
-        plan, reason = _plan(self, args, kwargs), None
-        called = [call.drop_path for call in plan.calls]
+        plan = _checked(self, _plan(self, args, kwargs))
         if plan.function is None:
-            reason = next(iter(plan.left.values()))
-        elif (called or plan.left) and called != [gate.name for gate in self.drop_path_gates]:
-            reason = "this call uses other DropPaths"
-        elif not self.drop_path_allow_batch_norm and any(_batch_norms(self, plan)):
-            reason = "this call has a BatchNorm in its branch"
-        if reason:
-            plan.function = None
-            warnings.warn(f"{type(self).__name__} computes what its DropPath drops: {reason}", stacklevel=3)
+            warnings.warn(f"{type(self).__name__} computes what its DropPath drops: {plan.reason}", stacklevel=3)
         self.drop_path_plans.append(plan)
         return plan
 
@@ -736,7 +757,7 @@ class _Skipping:
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        plan = _first_plan(self)
+        plan = _checked(self, _first_plan(self))
         if plan.function is not None:
             self.drop_path_plans.append(plan)
 
