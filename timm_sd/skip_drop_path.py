@@ -330,7 +330,7 @@ class Plan:
     """A block's forward method for one kind of call, rewritten around gates.
 
     `function` takes the block (twice) and the call's tensors. `arguments` describe the call, `state` is what tracing
-    has read from the block, and `conditions` are those it has branched on, as functions of the block and the call's
+    has read from the block, and `conditions` are what it has branched on, as functions of the block and the call's
     tensors, each with whether it held. The plan is used only while all three match. `left` are the DropPaths that could
     not be rewritten, each with the reason. If there is a `reason` not to use the plan, it has no `function`, and the
     block's own forward method is used.
