@@ -418,6 +418,64 @@ def test_conditions_on_the_image_size_are_followed():
             torch.testing.assert_close(converted(x), block(x))
 
 
+class Checks(nn.Module):
+    """A block that checks the shape of its input, before and after a condition on it."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.drop_path = nn.Linear(4, 4), DropPath(0.5)
+
+    def forward(self, x):
+        assert x.ndim == 3, "not three dimensions"
+        assert not x.shape[2] % 4, "not a multiple of four channels"
+        branch = self.linear(x)
+        if x.shape[1] > 2:
+            branch = 2 * branch
+            assert x.shape[1] < 5, "too long"
+        return x + self.drop_path(branch)
+
+
+def test_a_block_may_check_shapes():
+    """The conversion, which has no shapes, assumes those that pass."""
+    block = skip_drop_path(nn.Sequential(Checks()), strict=True)[0]
+    kept = torch.tensor([[True, False, True]])
+    for length, factor in ((2, 1), (3, 2), (4, 2)):
+        x = torch.randn(3, length, 4)
+        for each in (block, copy.deepcopy(block)):
+            with use_gates(each, kept):
+                torch.testing.assert_close(each(x), x + 2 * factor * kept.T.unsqueeze(2) * block.linear(x))
+    for shape, message in (((3, 4), "not three"), ((3, 3, 6), "not a multiple"), ((3, 5, 4), "too long")):
+        with pytest.warns(UserWarning, match=message), pytest.raises(AssertionError, match=message):
+            block(torch.randn(shape))
+
+
+class Pads(nn.Module):
+    """A block with a loop that ends only if a condition on the shape of its input holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.drop_path = nn.Linear(4, 4), DropPath(0.5)
+
+    def forward(self, x):
+        length = x.shape[1]
+        while True:
+            if length % 4 == 0:
+                break
+            length = length + 1
+        padded = nn.functional.pad(self.linear(x), (0, 0, 0, length - x.shape[1]))
+        return x + self.drop_path(padded[:, : x.shape[1]])
+
+
+def test_a_loop_may_end_on_a_shape():
+    """Without shapes, at conversion, it would never end."""
+    block = skip_drop_path(nn.Sequential(Pads()), strict=True)[0]
+    kept = torch.tensor([[True, False, True]])
+    for length in (4, 5, 10):
+        x = torch.randn(3, length, 4)
+        with use_gates(block, kept):
+            torch.testing.assert_close(block(x), x + 2 * kept.T.unsqueeze(2) * block.linear(x))
+
+
 class SeveralWays(nn.Module):
     """A block that goes a way of its own for each length of `way`."""
 
@@ -505,22 +563,12 @@ class Variants(nn.Module):
     def set_of_dimensions(self, x):
         return x + self.drop_path(self.linear(x)) * (x.ndim in {2, 4})
 
-    def endless(self, x):
-        length = x.shape[0]
-        while True:
-            if length % 8 == 0:
-                break
-            length = length + 1
-        return x + self.drop_path(self.linear(x))
-
     def inner_shape(self, x):
         branch = self.linear(x)
         return x if branch.shape[1] == 8 else x + self.drop_path(branch)
 
     def nameless_error(self, x):
-        if not x.shape[1] == 4:
-            raise ValueError
-        return x + self.drop_path(self.linear(x))
+        raise ValueError
 
     def values(self, x):
         return x if x.sum() > 0 else x + self.drop_path(self.linear(x))
@@ -558,7 +606,7 @@ def test_blocks_of_a_class_are_not_mixed_up(way, first, second):
 @pytest.mark.parametrize(
     "way",
     [
-        *("square", "no_grad", "random", "alias", "view", "shape", "set_of_shapes", "set_of_dimensions", "endless"),
+        *("square", "no_grad", "random", "alias", "view", "shape", "set_of_shapes", "set_of_dimensions"),
         *("inner_shape", "nameless_error", "values", "batch_size"),
     ],
 )

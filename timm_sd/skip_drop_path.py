@@ -205,10 +205,11 @@ class _Tracer(fx.Tracer):
 
     proxy_buffer_attributes = True
 
-    def __init__(self, args: Sequence, kwargs: dict, conditions: list) -> None:
+    def __init__(self, args: Sequence, kwargs: dict, conditions: list, assumed: Sequence[bool]) -> None:
         super().__init__(autowrap_functions=tuple(get_notrace_functions()))
         self.call = args, kwargs
         self.conditions = conditions
+        self.assumed = iter(assumed)
         self.modes = _modes()
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
@@ -265,7 +266,7 @@ class _Tracer(fx.Tracer):
         condition = _compile(function)
         tensors = _tensors(*self.call)
         # At conversion there are no tensors to decide by. If the real call goes another way, it gets another plan.
-        holds = bool(tensors) and bool(condition(self.root, *tensors))
+        holds = bool(condition(self.root, *tensors)) if tensors else next(self.assumed, False)
         self.conditions.append((condition, holds))
         return holds
 
@@ -402,7 +403,16 @@ def _first_plan(block: nn.Module) -> Plan:
     required = [
         p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
     ]
-    plan = _plan(block, [Tensor] * len(required), {})
+    assumed = []
+    for _ in range(16):
+        plan = _plan(block, [Tensor] * len(required), {}, assumed)
+        # The last condition that did not hold may be a check. If so, real calls pass it.
+        assumed = [holds for _, holds in plan.conditions]
+        while assumed and assumed[-1]:
+            assumed.pop()
+        if not plan.reason or not assumed:
+            break
+        assumed[-1] = True
     if plan.conditions:
         for name in _own_drop_paths(block):
             if all(name != call.drop_path for call in plan.calls):
@@ -410,22 +420,22 @@ def _first_plan(block: nn.Module) -> Plan:
     return plan
 
 
-def _plan(block: nn.Module, args: Sequence, kwargs: dict) -> Plan:
-    """The plan for calls like this one."""
+def _plan(block: nn.Module, args: Sequence, kwargs: dict, assumed: Sequence[bool] = ()) -> Plan:
+    """The plan for calls like this one. Without tensors, its conditions are `assumed` to hold or not, in order."""
     plan = Plan(_arguments(args, kwargs))
     try:
-        _rewrite(block, args, kwargs, plan)
+        _rewrite(block, args, kwargs, plan, assumed)
     except CannotSkipError as error:
         plan.reason = str(error)
         plan.left = dict.fromkeys(_own_drop_paths(block), plan.reason)
     return plan
 
 
-def _rewrite(block: nn.Module, args: Sequence, kwargs: dict, plan: Plan) -> None:
+def _rewrite(block: nn.Module, args: Sequence, kwargs: dict, plan: Plan, assumed: Sequence[bool]) -> None:
     """Trace a block and fill in the plan. Raises CannotSkipError."""
     if object in plan.arguments:
         raise CannotSkipError("an argument is neither a tensor nor a plain value")
-    graph, plan.state = _Tracer(args, kwargs, plan.conditions).trace_block(block)
+    graph, plan.state = _Tracer(args, kwargs, plan.conditions, assumed).trace_block(block)
     for node in reversed(list(graph.nodes)):
         if not node.users and (_is_size(node) or node.target is operator.getitem):  # an unused B of `B, N, C = x.shape`
             graph.erase_node(node)
