@@ -419,24 +419,26 @@ def test_conditions_on_the_image_size_are_followed():
 
 
 class Checks(nn.Module):
-    """A block that checks the shape of its input, before and after a condition on it."""
+    """A block that refuses inputs of some shapes."""
 
     def __init__(self):
         super().__init__()
         self.linear, self.drop_path = nn.Linear(4, 4), DropPath(0.5)
 
     def forward(self, x):
-        assert x.ndim == 3, "not three dimensions"
-        assert not x.shape[2] % 4, "not a multiple of four channels"
+        expected = False
+        if x.ndim == 3:
+            expected = True
         branch = self.linear(x)
         if x.shape[1] > 2:
             branch = 2 * branch
-            assert x.shape[1] < 5, "too long"
+        assert expected, "not three dimensions"
+        assert x.shape[1] < 5, "too long"
         return x + self.drop_path(branch)
 
 
-def test_a_block_may_check_shapes():
-    """The conversion, which has no shapes, assumes those that pass."""
+def test_assertions_on_shapes_are_assumed_to_pass():
+    """At conversion, when there are no shapes. Later they are the block's own."""
     block = skip_drop_path(nn.Sequential(Checks()), strict=True)[0]
     kept = torch.tensor([[True, False, True]])
     for length, factor in ((2, 1), (3, 2), (4, 2)):
@@ -444,36 +446,9 @@ def test_a_block_may_check_shapes():
         for each in (block, copy.deepcopy(block)):
             with use_gates(each, kept):
                 torch.testing.assert_close(each(x), x + 2 * factor * kept.T.unsqueeze(2) * block.linear(x))
-    for shape, message in (((3, 4), "not three"), ((3, 3, 6), "not a multiple"), ((3, 5, 4), "too long")):
+    for shape, message in (((3, 4), "not three"), ((3, 5, 4), "too long")):
         with pytest.warns(UserWarning, match=message), pytest.raises(AssertionError, match=message):
             block(torch.randn(shape))
-
-
-class Pads(nn.Module):
-    """A block with a loop that ends only if a condition on the shape of its input holds."""
-
-    def __init__(self):
-        super().__init__()
-        self.linear, self.drop_path = nn.Linear(4, 4), DropPath(0.5)
-
-    def forward(self, x):
-        length = x.shape[1]
-        while True:
-            if length % 4 == 0:
-                break
-            length = length + 1
-        padded = nn.functional.pad(self.linear(x), (0, 0, 0, length - x.shape[1]))
-        return x + self.drop_path(padded[:, : x.shape[1]])
-
-
-def test_a_loop_may_end_on_a_shape():
-    """Without shapes, at conversion, it would never end."""
-    block = skip_drop_path(nn.Sequential(Pads()), strict=True)[0]
-    kept = torch.tensor([[True, False, True]])
-    for length in (4, 5, 10):
-        x = torch.randn(3, length, 4)
-        with use_gates(block, kept):
-            torch.testing.assert_close(block(x), x + 2 * kept.T.unsqueeze(2) * block.linear(x))
 
 
 class SeveralWays(nn.Module):
@@ -563,12 +538,26 @@ class Variants(nn.Module):
     def set_of_dimensions(self, x):
         return x + self.drop_path(self.linear(x)) * (x.ndim in {2, 4})
 
+    def endless(self, x):
+        length = x.shape[0]
+        while True:
+            if length % 8 == 0:
+                break
+            length = length + 1
+        return x + self.drop_path(self.linear(x))
+
     def inner_shape(self, x):
         branch = self.linear(x)
         return x if branch.shape[1] == 8 else x + self.drop_path(branch)
 
     def nameless_error(self, x):
-        raise ValueError
+        if not x.shape[1] == 4:
+            raise ValueError
+        return x + self.drop_path(self.linear(x))
+
+    def checked_values(self, x):
+        assert x.ndim == 2, "not two dimensions"
+        return self.values(x)
 
     def values(self, x):
         return x if x.sum() > 0 else x + self.drop_path(self.linear(x))
@@ -606,13 +595,18 @@ def test_blocks_of_a_class_are_not_mixed_up(way, first, second):
 @pytest.mark.parametrize(
     "way",
     [
-        *("square", "no_grad", "random", "alias", "view", "shape", "set_of_shapes", "set_of_dimensions"),
+        *("square", "no_grad", "random", "alias", "view", "shape", "set_of_shapes", "set_of_dimensions", "endless"),
         *("inner_shape", "nameless_error", "values", "batch_size"),
     ],
 )
 def test_what_cannot_be_skipped_is_refused(way):
     with pytest.raises(ValueError, match=r"cannot be skipped.*drop_path of Variants, because"):
         skip_drop_path(nn.Sequential(Variants(way)), strict=True)
+
+
+def test_the_reason_is_not_an_assertion_that_calls_pass():
+    with pytest.raises(ValueError, match="variables cannot be used as inputs to control flow"):
+        skip_drop_path(nn.Sequential(Variants("checked_values")), strict=True)
 
 
 def test_a_batch_norm_that_comes_later_is_refused():

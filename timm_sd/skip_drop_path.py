@@ -403,16 +403,7 @@ def _first_plan(block: nn.Module) -> Plan:
     required = [
         p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
     ]
-    assumed = []
-    for _ in range(16):
-        plan = _plan(block, [Tensor] * len(required), {}, assumed)
-        # The last condition that did not hold may be a check. If so, real calls pass it.
-        assumed = [holds for _, holds in plan.conditions]
-        while assumed and assumed[-1]:
-            assumed.pop()
-        if not plan.reason or not assumed:
-            break
-        assumed[-1] = True
+    plan = _plan(block, [Tensor] * len(required), {})
     if plan.conditions:
         for name in _own_drop_paths(block):
             if all(name != call.drop_path for call in plan.calls):
@@ -420,22 +411,22 @@ def _first_plan(block: nn.Module) -> Plan:
     return plan
 
 
-def _plan(block: nn.Module, args: Sequence, kwargs: dict, assumed: Sequence[bool] = ()) -> Plan:
-    """The plan for calls like this one. Without tensors, its conditions are `assumed` to hold or not, in order."""
+def _plan(block: nn.Module, args: Sequence, kwargs: dict) -> Plan:
+    """The plan for calls like this one."""
     plan = Plan(_arguments(args, kwargs))
     try:
-        _rewrite(block, args, kwargs, plan, assumed)
+        _rewrite(block, args, kwargs, plan)
     except CannotSkipError as error:
         plan.reason = str(error)
         plan.left = dict.fromkeys(_own_drop_paths(block), plan.reason)
     return plan
 
 
-def _rewrite(block: nn.Module, args: Sequence, kwargs: dict, plan: Plan, assumed: Sequence[bool]) -> None:
+def _rewrite(block: nn.Module, args: Sequence, kwargs: dict, plan: Plan) -> None:
     """Trace a block and fill in the plan. Raises CannotSkipError."""
     if object in plan.arguments:
         raise CannotSkipError("an argument is neither a tensor nor a plain value")
-    graph, plan.state = _Tracer(args, kwargs, plan.conditions, assumed).trace_block(block)
+    graph = _trace(block, args, kwargs, plan)
     for node in reversed(list(graph.nodes)):
         if not node.users and (_is_size(node) or node.target is operator.getitem):  # an unused B of `B, N, C = x.shape`
             graph.erase_node(node)
@@ -463,6 +454,28 @@ def _rewrite(block: nn.Module, args: Sequence, kwargs: dict, plan: Plan, assumed
         except CannotSkipError as reason:
             plan.left[node.target] = str(reason)
     plan.function = _compile(graph)
+
+
+def _trace(block: nn.Module, args: Sequence, kwargs: dict, plan: Plan) -> fx.Graph:
+    """Trace a block and fill in the plan's state and conditions. Raises CannotSkipError.
+
+    Without tensors, conditions are assumed not to hold. If an assertion then fails, other assumptions are tried.
+    """
+    assumed, attempts = [], 0
+    while True:
+        attempts += 1
+        plan.conditions.clear()
+        try:
+            graph, plan.state = _Tracer(args, kwargs, plan.conditions, assumed).trace_block(block)
+            return graph
+        except CannotSkipError as error:
+            assumed = [holds for _, holds in plan.conditions]
+            while assumed and assumed[-1]:
+                assumed.pop()
+            decided = not assumed or bool(_tensors(args, kwargs))
+            if decided or attempts == 16 or not isinstance(error.__cause__, AssertionError):
+                raise
+            assumed[-1] = True  # the last condition that did not hold
 
 
 def _find_branch(
