@@ -469,13 +469,14 @@ def _trace(block: nn.Module, args: Sequence, kwargs: dict, plan: Plan) -> fx.Gra
             graph, plan.state = _Tracer(args, kwargs, plan.conditions, assumed).trace_block(block)
             return graph
         except CannotSkipError as error:
+            # Next, the last condition that did not hold will hold, and those after it are decided anew.
             assumed = [holds for _, holds in plan.conditions]
             while assumed and assumed[-1]:
                 assumed.pop()
-            decided = not assumed or bool(_tensors(args, kwargs))
-            if decided or attempts == 16 or not isinstance(error.__cause__, AssertionError):
+            undecided = assumed and not _tensors(args, kwargs)
+            if not undecided or attempts == 16 or not isinstance(error.__cause__, AssertionError):
                 raise
-            assumed[-1] = True  # the last condition that did not hold
+            assumed[-1] = True
 
 
 def _find_branch(
