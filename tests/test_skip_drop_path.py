@@ -763,6 +763,25 @@ def test_count_compiles_in_one_graph():
         torch.testing.assert_close(ours.grad, theirs.grad)
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_count_compiles_for_every_probability(dynamic):
+    """Blocks that are compiled one by one share their code but not their probability, and a schedule changes it."""
+    model = skip_drop_path(small("test_vit"), "count").train()
+    eager = copy.deepcopy(model)
+    torch._dynamo.reset()
+    for block in model.blocks:
+        block.compile(backend="eager", fullgraph=True, dynamic=dynamic)
+    for step in range(3):
+        for network in (model, eager):
+            for index, gate in enumerate(gates(network)):
+                gate.drop_path.drop_prob = 0.1 + 0.15 * step + 0.1 * index
+            torch.manual_seed(step)
+            network.zero_grad()
+            network(images("test_vit")).square().sum().backward()
+        for ours, theirs in zip(model.parameters(), eager.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad, theirs.grad)
+
+
 @pytest.mark.parametrize("mode", ["row", "batch"])
 def test_training_compiles_to_a_bounded_number_of_graphs(mode):
     torch.manual_seed(0)

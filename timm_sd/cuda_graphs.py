@@ -68,7 +68,7 @@ class _BlockGraphs:
         """The block's forward pass; batches of another shape (the last of an epoch) do without the graphs."""
         if not self.block.training or x.shape != self.input.shape:
             return StochasticDepth.forward(self.block, x)
-        if self.block.gate.active and not self.block.gate.draw(len(x)):
+        if self.block.gate.can_close() and not self.block.gate.draw(len(x)):
             return self.block.shortcut(x)  # the gradients of the branch's parameters are zero already
         return _Replay.apply(x, self)
 

@@ -34,6 +34,12 @@ def check_survival(name: str, probability: float) -> None:
         raise ValueError(f"{name}={probability!r}, but it must lie in (0, 1]")
 
 
+def kept(batch_size: int, survival: float) -> int:
+    """k = max(1, int(B p)), the number of samples that mode "count" keeps."""
+    k = max(1, int(batch_size * survival))
+    return len(range(k))  # k itself, but to torch.compile a constant, as the autograd functions below need
+
+
 class _ZeroGradients(torch.autograd.Function):
     """Identity on the shortcut that gives the parameters of the dropped branch zero gradients.
 
@@ -108,7 +114,6 @@ class Gate(nn.Module):
     """
 
     scale_by_keep = False  # the paper scales by p in inference, not by 1 / p in training
-    __jit_unused_properties__ = ("active",)
     copies_shortcut = False  # whether a closed gate must return a new tensor, since it may be modified in place later
 
     def __init__(self, survival: float = 1.0, mode: str = "batch") -> None:
@@ -127,14 +132,9 @@ class Gate(nn.Module):
         self.mode = mode
         self.provided: Tensor | None = None
 
-    @property
-    def active(self) -> bool:
+    def can_close(self) -> bool:
         """Whether the gate can be closed in the next forward pass."""
         return self.training and (self.survival < 1 or self.provided is not None)
-
-    def kept(self, batch_size: int) -> int:
-        """k, the number of samples that mode "count" keeps."""
-        return max(1, int(batch_size * self.survival))
 
     @torch.jit.unused
     def forward(
@@ -158,11 +158,11 @@ class Gate(nn.Module):
             ValueError: `use_gates` provided gates for a different number of samples.
         """
         batch_size = len(shortcut)
-        if not self.active:
+        if not self.can_close():
             return _add(shortcut, branch(*inputs), None, 1.0, activation)
         if self.mode == "count":
-            scale = batch_size / self.kept(batch_size) if self.scale_by_keep else 1.0
             rows = self._kept_rows(batch_size).to(shortcut.device, non_blocking=True)
+            scale = batch_size / len(rows) if self.scale_by_keep else 1.0
             return _add(shortcut, branch(*_take_rows(inputs, rows)), rows, scale, activation)
         return self._decide(branch, shortcut, inputs, parameters, activation)
 
@@ -191,7 +191,7 @@ class Gate(nn.Module):
 
     def _kept_rows(self, batch_size: int) -> Tensor:
         """The k samples to keep. Their number is fixed and no value is read, so this compiles."""
-        k = self.kept(batch_size)
+        k = kept(batch_size, self.survival)
         if self.provided is None:
             return torch.randperm(batch_size, device="cpu")[:k]
         self._check_provided((batch_size,))
@@ -249,7 +249,7 @@ def draw_gates(
     So a resumed run, and every process of a distributed one, can have the same gates.
 
     Args:
-        survival: The survival probability of each of L gates.
+        survival: The survival probability of each of L gates. (A float32 tensor rounds them, which may change k.)
         seed: The run's seed.
         step: The step, counted from the beginning of the run.
         batch_size: The number of samples B, None in mode "batch".
@@ -270,11 +270,10 @@ def draw_gates(
         raise ValueError(f"mode={mode!r} draws one gate per sample, so it needs a batch_size")
     shape = (len(probabilities), 1 if mode == "batch" else batch_size)
     uniform = torch.from_numpy(np.random.default_rng([seed, step]).random(shape))
-    probabilities = probabilities.unsqueeze(1)
     if mode == "count":
-        kept = (batch_size * probabilities).int().clamp(min=1)
-        return uniform.argsort(dim=1).argsort(dim=1) < kept
-    drawn = uniform < probabilities
+        counts = torch.tensor([kept(batch_size, p) for p in probabilities.tolist()])
+        return uniform.argsort(dim=1).argsort(dim=1) < counts.unsqueeze(1)
+    drawn = uniform < probabilities.unsqueeze(1)
     return drawn.squeeze(1) if mode == "batch" else drawn
 
 
@@ -310,10 +309,10 @@ def use_gates(network: nn.Module | list[Gate], values: Tensor) -> Iterator[None]
         )
     values = values.cpu()
     for gate, value in zip(own, values, strict=True):
-        if gate.mode == "count" and value.sum() != gate.kept(len(value)):
+        if gate.mode == "count" and value.sum() != kept(len(value), gate.survival):
             raise ValueError(
                 f"{value.sum()} of {len(value)} gates are open, but mode 'count' with p = {gate.survival:g} opens"
-                f" {gate.kept(len(value))}: draw them with mode='count'"
+                f" {kept(len(value), gate.survival)}: draw them with mode='count' and each gate's own `survival`"
             )
     outer = [gate.provided for gate in own]
     for gate, value in zip(own, values, strict=True):

@@ -71,9 +71,8 @@ class DropPathGate(Gate):
     def scale_by_keep(self) -> bool:
         return self.drop_path.scale_by_keep
 
-    @property
-    def active(self) -> bool:
-        return super().active and self.drop_path.training
+    def can_close(self) -> bool:
+        return super().can_close() and self.drop_path.training
 
 
 def skip_drop_path(model: Model, mode: str = "row", strict: bool = False, allow_batch_norm: bool = False) -> Model:
@@ -750,10 +749,10 @@ def _checked(block: nn.Module, plan: Plan) -> Plan:
 
 
 class _Skipping:
-    """Mixin for a block's class: the forward method with gates if one is active, the block's own otherwise."""
+    """Mixin for a block's class: the forward method with gates if one can close, the block's own otherwise."""
 
     def forward(self, *args, **kwargs) -> Tensor:
-        if not any([gate.active for gate in self.drop_path_gates]):
+        if not any([gate.can_close() for gate in self.drop_path_gates]):
             return super().forward(*args, **kwargs)
         arguments, tensors = _arguments(args, kwargs), _tensors(args, kwargs)
         for plan in self.drop_path_plans:

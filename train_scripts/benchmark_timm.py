@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from timm_sd import draw_gates, gates, skip_drop_path, use_gates
 from timm_sd.errors import UserError
-from timm_sd.gate import MODES
+from timm_sd.gate import MODES, kept
 
 MODELS = ("vit_small_patch16_224", "swin_tiny_patch4_window7_224", "convnext_tiny", "resnet50")
 RATES = (0.1, 0.4)
@@ -63,14 +63,9 @@ class DinoV2Block(nn.Module):
         rate = getattr(drop_path, "drop_prob", 0.0)
         if not self.training or rate <= self.SMALLEST_RATE:
             return x + drop_path(branch(x))
-        rows = torch.randperm(len(x), device=x.device)[: kept(len(x), rate)]
+        rows = torch.randperm(len(x), device=x.device)[: kept(len(x), 1 - rate)]
         residual = branch(x[rows]).flatten(1).to(x.dtype)
         return x.flatten(1).index_add(0, rows, residual, alpha=len(x) / len(rows)).view_as(x)
-
-
-def kept(batch_size: int, rate: float) -> int:
-    """For how many samples DINOv2's form computes a branch."""
-    return max(1, int(batch_size * (1 - rate)))
 
 
 def kinds(model: str) -> list[str]:
@@ -129,7 +124,7 @@ def dropped(kind: str, survival: Sequence[float], batch_size: int, steps: Iterab
     rates = [1 - p for p in survival]
     if kind == DROP_PATH:
         return rates
-    return [1 - kept(batch_size, rate) / batch_size if rate > DinoV2Block.SMALLEST_RATE else rate for rate in rates]
+    return [1 - kept(batch_size, 1 - rate) / batch_size if rate > DinoV2Block.SMALLEST_RATE else rate for rate in rates]
 
 
 def fullest_step(kind: str, survival: Sequence[float], batch_size: int, count: int) -> int:
