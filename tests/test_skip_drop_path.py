@@ -506,6 +506,12 @@ class Variants(nn.Module):
             branch = child(branch)
         return x + self.drop_path(branch)
 
+    def pooled(self, x):
+        return x + self.drop_path(self.linear(x.mean(1, keepdim=True)))
+
+    def outer(self, x):
+        return x + self.drop_path(self.linear(x.expand(-1, 6, -1)))
+
     def scaled(self, x):
         return x + self.inner(self.drop_path(self.linear(x)))
 
@@ -642,6 +648,23 @@ def test_a_branch_that_needs_the_whole_batch_is_computed_in_full():
         found = block(x, mask)
     torch.manual_seed(0)
     torch.testing.assert_close(found, x + block.drop_path(block.linear(x) * mask))
+
+
+@pytest.mark.parametrize(("mode", "gate"), [("row", [1, 0, 1, 0]), ("count", [1, 0, 1, 0]), ("batch", 1)])
+def test_a_branch_may_be_broadcast_but_not_a_shortcut(mode, gate):
+    """A closed gate returns the shortcut."""
+    gate = torch.tensor(gate, dtype=torch.bool)
+    block, plain = Variants("pooled"), Variants("pooled")
+    plain.load_state_dict(block.state_dict())
+    plain.drop_path.forward = lambda branch: branch * gate.view(-1, 1, 1) * 2
+    skip_drop_path(nn.Sequential(block), mode)
+    with use_gates(block, gate.unsqueeze(0)):
+        found = results(block, [torch.ones(4, 6, 4)], {})
+    torch.testing.assert_close(found, results(plain, [torch.ones(4, 6, 4)], {}))
+    block = Variants("outer")
+    skip_drop_path(nn.Sequential(block), mode)
+    with use_gates(block, gate.unsqueeze(0)), pytest.raises(RuntimeError, match="expanded size"):
+        block(torch.ones(4, 1, 4))
 
 
 # Together with other features

@@ -223,7 +223,11 @@ def _add(
     scale: float,
     activation: Callable[[Tensor], Tensor] | None,
 ) -> Tensor:
-    """The shortcut plus scale * f, where f has all samples or only those in `rows`."""
+    """The shortcut plus scale * f, where f has all samples or only those in `rows`.
+
+    f may be broadcast to the shortcut's shape, but not the other way round: a closed gate returns the shortcut.
+    """
+    f = f.expand(len(shortcut if rows is None else rows), *shortcut.shape[1:])
     if rows is None:
         total = torch.add(shortcut, f, alpha=scale)
     else:
