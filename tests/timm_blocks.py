@@ -109,6 +109,7 @@ EXAMPLES = dict(
     nest_tiny=dict(img_size=64, mlp_ratio=1),
     nextvit_small=dict(depths=(1, 1, 5, 2)),
     test_nfnet=dict(depths=(1, 1, 1, 2)),
+    dm_nfnet_f0=dict(depths=(1, 1, 1, 2), channels=(32, 32, 32, 32), group_size=8),
     pit_ti_224=dict(img_size=64, base_dims=(16, 16, 16), depth=(1, 1, 2), heads=(1, 2, 2)),
     pvt_v2_b0=dict(EMBEDS, num_heads=(1, 2, 2, 2)),
     qwen3_vit_88m=VIT,

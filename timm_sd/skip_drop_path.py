@@ -431,7 +431,11 @@ def _rewrite(block: nn.Module, args: Sequence, kwargs: dict, plan: Plan) -> None
             graph.erase_node(node)
     for node in graph.nodes:
         changed = _changed_by(block, node)
-        if changed is not None and not _is_new(block, changed, node):
+        if changed is None:
+            continue
+        if node.op == "call_method":  # it returns what it changes, so `x.mul_(2)` and then `x + y` is `x.mul_(2) + y`
+            changed.replace_all_uses_with(node, delete_user_cb=node.__lt__)
+        if not _is_new(block, changed, node):
             raise CannotSkipError("it modifies in place a tensor that is used elsewhere")
     called = {node: block.get_submodule(node.target) for node in graph.nodes if node.op == "call_module"}
     drop_paths = [node for node, module in called.items() if isinstance(module, DropPath)]
