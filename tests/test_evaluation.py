@@ -99,7 +99,7 @@ def test_dropped_blocks(command, run, network):
             ["--run", "{run}", "--model", "cifar_resnet20"],
             "--model is required with --pretrained or --checkpoint, and not allowed with",
         ),
-        (["--pretrained", "--model", "cifar_resnet1202"], "cifar_resnet1202.cifar10 has no pretrained weights"),
+        (["--pretrained", "--model", "cifar_resnet26"], "cifar_resnet26.cifar10 has no pretrained weights"),
         (["--run", "nowhere"], "nowhere has no run: its config.json is missing, damaged"),
         (["--run", "{run}", "--split", "all"], "invalid choice: 'all'"),
         (["--run", "{run}", "--dataset", "mnist"], "argument --dataset: invalid choice: 'mnist'"),

@@ -44,7 +44,8 @@ def skip_in_every_model(mode: str) -> None:
             try:
                 return skip_drop_path(model, mode)
             except ValueError as error:
-                raise UserError(f"--skip-drop-path {mode}, {model_name}: {error}") from error
+                cause = str(error).partition(":")[0]  # what follows is for Python code
+                raise UserError(f"--skip-drop-path {mode}, {model_name}: {cause}: use mode batch") from error
 
     for module in (timm, timm.models, _factory):  # the last is where pickle looks it up
         module.create_model = create_model

@@ -70,7 +70,7 @@ def load(dataset: str, data_dir: Path, download: bool = False) -> tuple[ImageSet
         return train, test
     except (OSError, RuntimeError) as error:
         way_out = (
-            f"the download failed ({error})"
+            f"the download failed ({error}): try again, or pass the folder of a copy as --data-dir"
             if download
             else "pass its folder as --data-dir, download it with train.py --download, or try --dataset synthetic"
         )

@@ -13,7 +13,7 @@ import timm
 import torch
 from torch import nn
 
-from timm_sd import data, machine, pretrained
+from timm_sd import data, machine, pretrained, register_depth
 from timm_sd.command_line import Parser, one_line_errors, path, say
 from timm_sd.errors import UserError
 from timm_sd.evaluation import evaluate
@@ -60,6 +60,7 @@ def numbers(text: str) -> list[int]:
 def load_network(options: Options, args: argparse.Namespace) -> nn.Module:
     """The network with its weights. Raises UserError if they are missing or not for this network."""
     if args.pretrained:
+        register_depth(options.depth)
         try:
             # For a name without a tag, timm takes the first tag with weights, which may be for another data set.
             names = pretrained.names(*options.data_tag.split("."))
