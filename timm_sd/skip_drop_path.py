@@ -510,12 +510,13 @@ def _extract(graph: fx.Graph, block: nn.Module, itself: fx.Node, drop_path: fx.N
     # Sizes must be read again, from the tensors with fewer rows; attributes are the block's anyway.
     copied = {node for node in nodes if node in branch or _is_size(node) or node.op == "get_attr"}
     needed = _ancestors([end, *(node for node in branch if not node.users)], copied)
-    inputs = [node for node in nodes if node not in needed and any(user in needed for user in node.users)]
     if not any(node.op in ("call_module", "get_attr") for node in needed if node is not drop_path):
         raise CannotSkipError("its branch is used elsewhere")
+    for node in nodes:  # an element of what is used elsewhere is an input
+        if node in needed and _is_element(node) and node.args[0] not in needed:
+            needed.remove(node)
+    inputs = [node for node in nodes if node not in needed and any(user in needed for user in node.users)]
     for node in needed:
-        if node.target is operator.getitem and isinstance(node.args[1], int) and node.args[0] in inputs:
-            raise CannotSkipError("its branch also returns something that is used elsewhere")
         if not _is_size(node) and node.op == "call_function" and any(map(_is_batch_size, node.args)):
             raise CannotSkipError("its branch depends on the number of samples")
 
@@ -540,7 +541,7 @@ def _extract(graph: fx.Graph, block: nn.Module, itself: fx.Node, drop_path: fx.N
     total.replace_all_uses_with(sum_)
     graph.erase_node(total)
     for node in reversed(nodes):
-        if node in branch:
+        if node in branch and node in needed:
             graph.erase_node(node)
     return call
 
@@ -574,6 +575,11 @@ def _find_sum(block: nn.Module, node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Nod
         if not scaled and not (user.op == "call_module" and isinstance(block.get_submodule(user.target), SCALES)):
             raise CannotSkipError("the output of its DropPath does not go straight into a sum")
         node = user
+
+
+def _is_element(node: fx.Node) -> bool:
+    """Whether a node is an element of a tensor or tuple."""
+    return node.target is operator.getitem and isinstance(node.args[1], int)
 
 
 def _is_size(node: fx.Node) -> bool:
@@ -653,18 +659,20 @@ def _compile(graph: fx.Graph) -> Callable[..., Tensor]:
 def _gated_sum(index: int, call: Call) -> Callable[..., Tensor]:
     """The sum of call number `index`, as a function of the block, the shortcut and the branch's inputs."""
 
-    def gated_sum(block: nn.Module, shortcut: Tensor, *inputs: Tensor) -> Tensor:
+    def gated_sum(block: nn.Module, shortcut: Tensor, *inputs: object) -> Tensor:
         gate = block.drop_path_gates[index]
         has_rows = tuple(x is shortcut for x in inputs)
         if not all(has_rows):
-            key = call.branch, gate.mode, shortcut.shape, *(x.shape for x in inputs)
+            kinds = (x.shape if isinstance(x, Tensor) else _state(x) for x in inputs)
+            key = call.branch, gate.mode, shortcut.shape, *kinds
             if key not in block.drop_path_rows:
                 block.drop_path_rows[key] = _find_rows(block, call.branch, shortcut, inputs, gate.mode)
             has_rows = block.drop_path_rows[key]
             if has_rows is None:
                 return shortcut + gate.drop_path(call.branch(block, *inputs))
 
-        parameters = itertools.chain(_parameters(block, call.attributes), itertools.compress(inputs, call.loose))
+        loose = (x for x in itertools.compress(inputs, call.loose) if isinstance(x, Tensor))
+        parameters = itertools.chain(_parameters(block, call.attributes), loose)
         if gate.mode == "batch" or all(has_rows):
             return gate(partial(call.branch, block), shortcut, inputs, parameters)
 
@@ -689,17 +697,18 @@ def _parameters(block: nn.Module, attributes: tuple[str, ...]) -> Iterator[Tenso
 
 @torch.compiler.disable
 def _find_rows(
-    block: nn.Module, branch: Callable, shortcut: Tensor, inputs: Sequence[Tensor], mode: str
+    block: nn.Module, branch: Callable, shortcut: Tensor, inputs: Sequence[object], mode: str
 ) -> tuple[bool, ...] | None:
     """Which inputs of a branch have one row per sample, None if that is unclear.
 
-    The length of an input does not tell: a mask may have as many tokens as the batch has samples. So the branch is
-    tried, without computing anything, on another number of rows. In mode "batch" only the shape of the result matters.
+    Its length does not tell: a mask may have as many tokens as the batch has samples. So the branch is tried, without
+    computing anything, on another number of rows. In mode "batch" only the shape of the result matters.
     """
     batch_size = len(shortcut)
-    other = 1 + max(itertools.chain.from_iterable(x.shape for x in (shortcut, *inputs)))
+    other = 1 + max(itertools.chain.from_iterable(x.shape for x in (shortcut, *inputs) if isinstance(x, Tensor)))
     choices = [
-        (True,) if x is shortcut else (True, False) if x.ndim and len(x) == batch_size else (False,) for x in inputs
+        (True,) if x is shortcut else (True, False) if getattr(x, "shape", ())[:1] == (batch_size,) else (False,)
+        for x in inputs
     ]
     if mode == "batch":
         other, choices = batch_size, [(False,)] * len(inputs)
@@ -710,7 +719,9 @@ def _find_rows(
         def fits(lengths: Sequence[int | None]) -> bool:
             """Whether the branch returns `other` rows for inputs of these lengths, None for their own."""
             tried = [
-                torch.empty(x.shape if length is None else (length, *x.shape[1:]), dtype=x.dtype, device="meta")
+                x.new_empty(x.shape if length is None else (length, *x.shape[1:]), device="meta")
+                if isinstance(x, Tensor)
+                else x
                 for x, length in zip(inputs, lengths, strict=True)
             ]
             try:
