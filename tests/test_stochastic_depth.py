@@ -211,6 +211,11 @@ def test_counted_gates_open_for_k_samples(batch_size):
         assert not torch.equal(values, draw_gates(p, 0, 1, batch_size, mode="count"))
 
 
+def test_counted_gates_open_for_k_samples_whatever_the_rounding():
+    """10 * (1 - 0.8) is less than 2."""
+    assert draw_gates([1 - 0.8], 0, 0, 10, mode="count").sum() == 2
+
+
 def test_counted_gates_take_every_choice_of_samples_equally_often():
     """All six choices of two samples out of four, independently for each gate."""
     choices = {choice: index for index, choice in enumerate(itertools.combinations(range(4), 2))}

@@ -36,7 +36,7 @@ def check_survival(name: str, probability: float) -> None:
 
 def kept(batch_size: int, survival: float) -> int:
     """k = max(1, int(B p)), the number of samples that mode "count" keeps."""
-    k = max(1, int(batch_size * survival))
+    k = max(1, int(batch_size * survival + 1e-6))  # 10 * (1 - 0.8) is 1.9999999999999996
     return len(range(k))  # k itself, but to torch.compile a constant, as the autograd functions below need
 
 
@@ -161,8 +161,8 @@ class Gate(nn.Module):
         if not self.can_close():
             return _add(shortcut, branch(*inputs), None, 1.0, activation)
         if self.mode == "count":
+            scale = batch_size / kept(batch_size, self.survival) if self.scale_by_keep else 1.0
             rows = self._kept_rows(batch_size).to(shortcut.device, non_blocking=True)
-            scale = batch_size / len(rows) if self.scale_by_keep else 1.0
             return _add(shortcut, branch(*_take_rows(inputs, rows)), rows, scale, activation)
         return self._decide(branch, shortcut, inputs, parameters, activation)
 
@@ -227,11 +227,10 @@ def _add(
 
     f may be broadcast to the shortcut's shape, but not the other way round: a closed gate returns the shortcut.
     """
-    f = f.expand(len(shortcut if rows is None else rows), *shortcut.shape[1:])
     if rows is None:
-        total = torch.add(shortcut, f, alpha=scale)
+        total = torch.add(shortcut, f.expand_as(shortcut), alpha=scale)
     else:
-        total = _AddToRows.apply(shortcut, f, rows, scale)
+        total = _AddToRows.apply(shortcut, f.expand(-1, *shortcut.shape[1:]), rows, scale)
     return total if activation is None else activation(total)
 
 

@@ -36,7 +36,8 @@ NEW = {  # these return a new tensor
 }
 IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem}
 SCALES = (LayerScale, LayerScale2d, Scale, nn.Identity)
-ALIASES = (nn.Identity, nn.modules.dropout._DropoutNd, DropPath)  # these may return the input itself
+# These may return the input itself, or a view of it.
+ALIASES = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd, DropPath)
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
@@ -433,7 +434,7 @@ def _rewrite(block: nn.Module, args: Sequence, kwargs: dict, plan: Plan) -> None
         changed = _changed_by(block, node)
         if changed is None:
             continue
-        if node.op == "call_method":  # it returns what it changes, so `x.mul_(2)` and then `x + y` is `x.mul_(2) + y`
+        if node.op == "call_method":  # it returns the tensor that it changes, so later uses are uses of its result
             changed.replace_all_uses_with(node, delete_user_cb=node.__lt__)
         if not _is_new(block, changed, node):
             raise CannotSkipError("it modifies in place a tensor that is used elsewhere")
@@ -514,6 +515,8 @@ def _extract(graph: fx.Graph, block: nn.Module, itself: fx.Node, drop_path: fx.N
         raise CannotSkipError("its branch is used elsewhere")
     for node in nodes:  # an element of what is used elsewhere is an input
         if node in needed and _is_element(node) and node.args[0] not in needed:
+            if node.args[0].op == "call_module":
+                raise CannotSkipError("its branch also returns something that is used elsewhere")
             needed.remove(node)
     inputs = [node for node in nodes if node not in needed and any(user in needed for user in node.users)]
     for node in needed:
@@ -663,7 +666,7 @@ def _gated_sum(index: int, call: Call) -> Callable[..., Tensor]:
         gate = block.drop_path_gates[index]
         has_rows = tuple(x is shortcut for x in inputs)
         if not all(has_rows):
-            kinds = (x.shape if isinstance(x, Tensor) else _state(x) for x in inputs)
+            kinds = (x.shape if isinstance(x, Tensor) else type(x) for x in inputs)
             key = call.branch, gate.mode, shortcut.shape, *kinds
             if key not in block.drop_path_rows:
                 block.drop_path_rows[key] = _find_rows(block, call.branch, shortcut, inputs, gate.mode)
@@ -706,9 +709,10 @@ def _find_rows(
     """
     batch_size = len(shortcut)
     other = 1 + max(itertools.chain.from_iterable(x.shape for x in (shortcut, *inputs) if isinstance(x, Tensor)))
+    possible = [isinstance(x, Tensor) and x.shape[:1] == (batch_size,) for x in inputs]
     choices = [
-        (True,) if x is shortcut else (True, False) if getattr(x, "shape", ())[:1] == (batch_size,) else (False,)
-        for x in inputs
+        (True,) if x is shortcut else (True, False) if has else (False,)
+        for x, has in zip(inputs, possible, strict=True)
     ]
     if mode == "batch":
         other, choices = batch_size, [(False,)] * len(inputs)
@@ -725,7 +729,7 @@ def _find_rows(
                 for x, length in zip(inputs, lengths, strict=True)
             ]
             try:
-                return branch(on_meta, *tried).shape == (other, *shortcut.shape[1:])
+                return len(branch(on_meta, *tried).expand(-1, *shortcut.shape[1:])) == other
             except Exception:  # whatever operators raise for shapes that do not match
                 return False
 
