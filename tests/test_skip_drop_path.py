@@ -31,7 +31,7 @@ BATCH_NORM = nn.modules.batchnorm._BatchNorm
 class ForcedDropPath(nn.Module):
     """timm's DropPath, except that `draw` chooses the samples: it multiplies its input by 0 or 1 / p.
 
-    It drops nothing in its calls number `spared`, from 0.
+    It drops nothing in the calls whose numbers, from 0, are in `spared`.
     """
 
     def __init__(self, drop_path, masks, draw, spared):
@@ -802,8 +802,7 @@ def test_a_branch_that_needs_the_whole_batch_is_computed_in_full():
 
 @pytest.mark.parametrize("way", ["pooled", "pooled_product"])
 @pytest.mark.parametrize(("mode", "gate"), [("row", [1, 0, 1, 0]), ("count", [1, 0, 1, 0]), ("batch", 1)])
-def test_a_branch_may_be_broadcast_but_not_a_shortcut(mode, gate, way):
-    """A closed gate returns the shortcut."""
+def test_a_branch_may_be_broadcast(mode, gate, way):
     gate = torch.tensor(gate, dtype=torch.bool)
     block, plain = Variants(way), Variants(way)
     plain.load_state_dict(block.state_dict())
@@ -813,9 +812,14 @@ def test_a_branch_may_be_broadcast_but_not_a_shortcut(mode, gate, way):
         warnings.simplefilter("error")
         found = results(block, [torch.ones(4, 6, 4)], {})
     torch.testing.assert_close(found, results(plain, [torch.ones(4, 6, 4)], {}))
+
+
+@pytest.mark.parametrize(("mode", "gate"), [("row", [1, 0, 1, 0]), ("count", [1, 0, 1, 0]), ("batch", 1)])
+def test_a_shortcut_may_not_be_broadcast(mode, gate):
+    """A closed gate returns the shortcut."""
     block = Variants("outer")
     skip_drop_path(nn.Sequential(block), mode)
-    with use_gates(block, gate.unsqueeze(0)), pytest.raises(RuntimeError, match="expanded size"):
+    with use_gates(block, torch.tensor([gate], dtype=torch.bool)), pytest.raises(RuntimeError, match="expanded size"):
         block(torch.ones(4, 1, 4))
 
 
