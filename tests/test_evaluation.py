@@ -123,7 +123,7 @@ def test_dropped_blocks(command, run, network):
         ),
     ],
 )
-def test_wrong_input_is_reported_in_one_line(command, run, arguments, message):
+def test_wrong_input_is_reported_in_one_line(command, run, registry, arguments, message):
     status, out, err = command("validate", *(argument.format(run=run) for argument in arguments))
     assert status in (1, 2)
     assert out == ""
