@@ -268,7 +268,8 @@ class CifarResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images of shape (B, in_chans, H, W) to logits of shape (B, num_classes)."""
-        return self.forward_head(self.forward_features(x))
+        features = self.forward_features(x)  # its own line for torch.compile: see `_call` in stochastic_depth.py
+        return self.forward_head(features)
 
 
 def is_depth(depth: int) -> bool:

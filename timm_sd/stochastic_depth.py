@@ -12,6 +12,7 @@ Nothing here is specific to a network: `StochasticDepth` is a single block, buil
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -97,13 +98,11 @@ class StochasticDepth(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """H_{b-1} of shape (B, ...) to H_b."""
         if not torch.jit.is_scripting() and self.training:
-            return self.gate(self._branch, self.shortcut(x), [x], self.branch.parameters(), self.activation)
+            branch = partial(_call, self.branch)
+            return self.gate(branch, self.shortcut(x), [x], self.branch.parameters(), self.activation)
         if self.training and self.gate.survival < 1:
             raise RuntimeError("TorchScript cannot train with stochastic depth: call eval(), or use torch.compile")
         return self.activation(torch.add(self.shortcut(x), self.branch(x), alpha=self.gate.survival))
-
-    def _branch(self, x: Tensor) -> Tensor:
-        return self.branch(x)  # for the gate to call: torch.compile starts no graph in nn.Sequential's own code
 
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -128,6 +127,12 @@ class StochasticDepth(nn.Module):
                     if key in state_dict:
                         state_dict[key] = state_dict[key] * (trained / own).item()
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, *args)
+
+
+def _call(branch: nn.Module, x: Tensor) -> Tensor:
+    # What the gate is given: not the branch itself, since torch.compile starts no graph in nn.Sequential's own code,
+    # and not a method, since up to PyTorch 2.9 a function that is passed a bound method is compiled anew each time.
+    return branch(x)
 
 
 def stochastic_blocks(network: nn.Module) -> list[StochasticDepth]:
