@@ -637,7 +637,7 @@ def test_training_compiles_to_a_handful_of_graphs(name):
     # The limit would hide recompilations by falling back to eager.
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         compiled_steps(timm.create_model(name), graphs, steps=30)
-    assert len(graphs) <= 20
+    assert len(graphs) <= 14
     assert sum("conv2d" in graph.code for graph in graphs) >= 5, "the branches are not compiled"
 
 
