@@ -78,8 +78,7 @@ def kinds(model: str) -> list[str]:
     allowed = []
     for kind in (DINOV2, *MODES):
         try:
-            with torch.device("meta"):
-                make_network(kind, model, 0.1)
+            make_network(kind, model, 0.1)
         except (TypeError, ValueError) as error:  # the former if the model takes no drop path rate
             reason = error
         else:
@@ -105,8 +104,7 @@ def make_network(kind: str, model: str, rate: float) -> nn.Module:
 
 def survival_of(model: str, rate: float) -> list[float]:
     """The survival probability of each DropPath call, in order."""
-    with torch.device("meta"):
-        return [gate.survival for gate in gates(make_network("batch", model, rate))]
+    return [gate.survival for gate in gates(make_network("batch", model, rate))]
 
 
 def draw(kind: str, survival: Sequence[float], batch_size: int, t: int) -> Tensor:
@@ -223,9 +221,7 @@ def count_conv_backward(grad: Sequence[int], x: Sequence[int], weight: Sequence[
 
 def count_flops(kind: str, model: str, rate: float, batch_size: int, steps: Sequence[int]) -> float:
     """The mean FLOPs of these steps, forward and backward, counted on tensors that have shapes but no data."""
-    with torch.device("meta"):
-        network = make_network(kind, model, rate)
-    make = make_pass(network, kind, batch_size)
+    make = make_pass(make_network(kind, model, rate).to("meta"), kind, batch_size)
     if kind not in MODES or kind == "count":
         steps = steps[:1]  # all are alike
     make(steps[0])  # what the first pass does to find out about shapes is not part of a step
