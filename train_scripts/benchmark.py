@@ -310,14 +310,13 @@ def compare_depths(batch_size: int, count: int) -> None:
         )
 
 
-def measure_timm(
-    model: str, kinds: Sequence[str], rates: Sequence[float], batch_size: int, count: int
-) -> dict[float, dict[str, Measured]]:
-    """Measure these kinds of training step of a timm model, all drop path rates in one run.
+def measure_timm(model: str, rates: Sequence[float], batch_size: int, count: int) -> dict[float, dict[str, Measured]]:
+    """Measure all kinds of training step of a timm model, all drop path rates in one run.
 
     Peak memory is that of the step that drops the least.
     """
     none = (NONE, 0.0)  # the same for all rates
+    kinds = benchmark_timm.kinds(model)
     cases = {rate: {kind: none if kind == NONE else (kind, rate) for kind in kinds} for rate in rates}
     distinct = dict.fromkeys(case for of_rate in cases.values() for case in of_rate.values())
     survival = {0.0: [], **{rate: benchmark_timm.survival_of(model, rate) for rate in rates}}
@@ -350,13 +349,11 @@ def measure_timm(
     return measured
 
 
-def compare_timm(
-    kinds: dict[str, list[str]], rates: Sequence[float], batch_size: int, count: int, plot: Path | None
-) -> None:
-    """Print a table for each model, with its kinds of step, and drop path rate, and plot the highest rate."""
+def compare_timm(models: Sequence[str], rates: Sequence[float], batch_size: int, count: int, plot: Path | None) -> None:
+    """Print a table for each model and drop path rate, and plot the highest rate."""
     at_highest = {}
-    for model, of_model in kinds.items():
-        for rate, of_rate in measure_timm(model, of_model, rates, batch_size, count).items():
+    for model in models:
+        for rate, of_rate in measure_timm(model, rates, batch_size, count).items():
             say(f"\nA training step of {model} at drop path rate {rate:g}, batch {batch_size}, {count} steps")
             say(benchmark_timm.table(of_rate, batch_size))
             if rate == max(rates):
@@ -403,8 +400,9 @@ def main() -> None:
     args = parse_args()
     with one_line_errors("benchmark.py"):
         accelerator = machine.start()
-        # All of them at once, so that an unknown model is reported now and not when its turn comes.
-        kinds = {model: benchmark_timm.kinds(model) for model in args.timm_models} if "timm" in args.parts else {}
+        if "timm" in args.parts:
+            for model in args.timm_models:
+                benchmark_timm.kinds(model)  # raises now, not minutes later, if the model cannot be measured
         device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else "CPU"
         say(
             f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, timm {timm.__version__},"
@@ -417,7 +415,7 @@ def main() -> None:
         if "depth" in args.parts:
             compare_depths(args.depth_batch_size, args.depth_steps)
         if "timm" in args.parts:
-            compare_timm(kinds, args.timm_rates, args.timm_batch_size, args.timm_steps, args.plot)
+            compare_timm(args.timm_models, args.timm_rates, args.timm_batch_size, args.timm_steps, args.plot)
 
 
 if __name__ == "__main__":

@@ -71,26 +71,26 @@ class DinoV2Block(nn.Module):
 def kinds(model: str) -> list[str]:
     """The kinds of step that a model supports: "row" and "count" require no BatchNorm, and DINOv2's form a ViT.
 
-    Raises UserError if timm has no such model or its DropPaths cannot be skipped.
+    Raises UserError if timm has no such model, or it has no classifier, no DropPath or one that cannot be skipped.
     """
     if not timm.is_model(model):
         raise UserError(f"--timm-models {model}: timm has no such model")
-    allowed = []
+    refused = {}
     for kind in (DINOV2, *MODES):
         try:
             make_network(kind, model, 0.1)
-        except (TypeError, ValueError) as error:  # the former if the model takes no drop path rate
-            reason = error
-        else:
-            allowed.append(kind)
-    if not set(allowed) & set(MODES):
-        raise UserError(f"--timm-models {model}: {reason}")
-    return [NONE, DROP_PATH, *allowed]
+        except (RuntimeError, TypeError, ValueError) as error:  # timm's own: a wrong tag, no drop path rate
+            refused[kind] = error
+    if "batch" in refused:  # the mode that supports the most models
+        raise UserError(f"--timm-models {model}: {refused['batch']}")
+    return [kind for kind in (NONE, DROP_PATH, DINOV2, *MODES) if kind not in refused]
 
 
 def make_network(kind: str, model: str, rate: float) -> nn.Module:
     """The network for one kind of step. Raises ValueError if the model does not support it."""
     network = timm.create_model(model, drop_path_rate=0.0 if kind == NONE else rate)
+    if not network.num_classes:
+        raise ValueError("it has no classifier")
     if kind in MODES:
         skip_drop_path(network, kind, strict=True)
         if not gates(network):
