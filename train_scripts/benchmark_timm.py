@@ -71,7 +71,8 @@ class DinoV2Block(nn.Module):
 def kinds(model: str) -> list[str]:
     """The kinds of step that a model supports: "row" and "count" require no BatchNorm, and DINOv2's form a ViT.
 
-    Raises UserError if timm has no such model, or it has no classifier, no DropPath or one that cannot be skipped.
+    Raises UserError if timm has no such model, or the model has no classifier, no DropPath or one that cannot be
+    skipped.
     """
     if not timm.is_model(model):
         raise UserError(f"--timm-models {model}: timm has no such model")
@@ -79,7 +80,7 @@ def kinds(model: str) -> list[str]:
     for kind in (DINOV2, *MODES):
         try:
             make_network(kind, model, 0.1)
-        except (RuntimeError, TypeError, ValueError) as error:  # timm's own: a wrong tag, no drop path rate
+        except (RuntimeError, TypeError, ValueError) as error:  # for a wrong tag, no drop path rate, and the rest
             refused[kind] = error
     if "batch" in refused:  # the mode that supports the most models
         raise UserError(f"--timm-models {model}: {refused['batch']}")
