@@ -317,8 +317,8 @@ class Run:
 
     def check_finite(self, total: float) -> None:
         """Raise UserError if the run has diverged, in the `total` of its sums, its weights or running statistics."""
-        tensors = chain(self.network.parameters(), self.network.buffers())
-        finite = torch.stack([tensor.isfinite().all() for tensor in tensors]).all()
+        state = chain(self.network.parameters(), self.network.buffers())
+        finite = nn.utils.get_total_norm([t for t in state if t.is_floating_point()], math.inf).isfinite()
         # Running statistics differ from process to process, but all must stop.
         if not math.isfinite(total) or self.accelerator.reduce(finite.float()) < self.accelerator.num_processes:
             raise UserError(
