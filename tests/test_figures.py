@@ -268,7 +268,7 @@ def test_one_kind_alone(command, made_up):
     made_up("constant", "cifar_resnet20")
     status, out, _ = command("figures", "--runs", "constant", "--out", "out")
     assert status == 0
-    assert "no figure of times: it needs runs of constant depth and stochastic depth on the same machine" in out
+    assert f"no figure of times: it needs runs of {CONSTANT} and {STOCHASTIC} that began on the same machine" in out
     assert {path.stem for path in Path("out").iterdir()} == {"figure3", "figure7", "results"}
 
 
@@ -278,6 +278,37 @@ def test_times_of_two_machines_are_not_compared(command, made_up):
     _, out, _ = command("figures", "--runs", "constant", "stochastic", "--out", "out")
     assert "no figure of times" in out
     assert not Path("out/time.png").exists()
+    assert "times cannot be compared" in Path("out/results.md").read_text()
+
+
+def move(name, since, images_per_second):
+    """Let the rest of a run, from the epoch of this checkpoint, be computed on another machine of this speed."""
+    config, metrics = Path(name) / "config.json", Path(name) / "metrics.jsonl"
+    content = json.loads(config.read_text())
+    content["environments"].append(ENVIRONMENT | {"processor": "another", "since": since})
+    config.write_text(json.dumps(content))
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    for line in lines[int(since[6:11]) - 1 :]:
+        line["images_per_second"] = images_per_second
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_only_times_before_a_move_are_compared(command, pair):
+    """The mixed times of the epochs during which the runs moved do not count either."""
+    for name in ("constant", "one"):
+        move(name, "epoch-00003-step-000004", 1.0)
+    command("figures", "--runs", "constant", "one", "--out", "out")
+    page = Path("out/results.md").read_text()
+    told = "Here: 45 s vs. 60 s per epoch without evaluation (medians over the epochs before the environment changed)"
+    assert told in page
+    assert "a processor (CPU), threads: 2, then another (CPU), threads: 2 |" in page
+
+
+def test_times_of_a_run_that_moved_in_its_first_epoch_are_not_compared(command, pair):
+    move("one", "epoch-00001-step-000004", 1.0)
+    status, out, _ = command("figures", "--runs", "constant", "one", "--out", "out")
+    assert status == 0
+    assert "no figure of times" in out
     assert "times cannot be compared" in Path("out/results.md").read_text()
 
 
@@ -402,6 +433,10 @@ def change(file, key, value=None):
             r"a/config.json is from another version or damaged: device is missing or not valid \('{{ x }}'\)",
         ),
         (lambda: change("config.json", "threads", 0), r"a/config.json is from .*: threads is missing or .* \(0\)"),
+        (
+            lambda: change("config.json", "since", "noon"),
+            r"a/config.json is from .*: since is missing or .* \('noon'\)",
+        ),
         (
             lambda: change("config.json", "threads", True),
             r"a/config.json is from .*: threads is .* \(True\)",

@@ -53,8 +53,12 @@ def curves(records: Sequence[Record], name: str) -> np.ndarray:
 
 
 def training_seconds(records: Sequence[Record]) -> float:
-    """Seconds per epoch without evaluation, the median over epochs and runs."""
-    return float(np.median([r.protocol.training_images / curves([r], "images_per_second") for r in records]))
+    """Seconds per epoch without evaluation, the median over epochs and runs.
+
+    Only the epochs before a run's environment changed count, since another machine has another speed.
+    """
+    seconds = [r.protocol.training_images / line["images_per_second"] for r in records for line in r.first_part]
+    return float(np.median(seconds))
 
 
 def save(figure: Figure, file: Path) -> None:

@@ -15,7 +15,7 @@ from .run_folder import Progress, RunFolder, read_config, summarize
 # The entries of every environment. (Earlier versions did not record NumPy.)
 COUNTS = ("processes", "threads")
 WORDS = ("device", "processor", "dynamo_backend", "timm_sd", "python", "torch", "torchvision", "timm", "accelerate")
-OPTIONAL_WORDS = ("git_commit", "numpy", "since")
+OPTIONAL_WORDS = ("git_commit", "numpy")
 
 
 def read_options(path: Path) -> Options:
@@ -42,6 +42,8 @@ def _check_environment(path: Path, where: dict) -> None:
     possible = {name: type(where.get(name)) is int and 0 < where[name] < 2**31 for name in COUNTS}
     possible |= {name: is_word(where.get(name)) for name in WORDS}
     possible |= {name: where.get(name) is None or is_word(where[name]) for name in OPTIONAL_WORDS}
+    since = where.get("since")
+    possible["since"] = since is None or (is_word(since) and re.fullmatch(r"epoch-\d{1,9}-step-\d+", since) is not None)
     possible |= dict.fromkeys(where.keys() - possible.keys(), False)
     for name, is_possible in possible.items():
         if not is_possible:
@@ -87,6 +89,12 @@ class Record:
     def best(self) -> dict[str, float]:
         """The metrics of the epoch with the lowest validation error."""
         return Progress(self.history).best
+
+    @property
+    def first_part(self) -> list[dict[str, float]]:
+        """The metrics of the epochs before the environment first changed: of all epochs if it did not."""
+        changes = [int(where["since"].split("-")[1]) for where in self.environments if where.get("since")]
+        return self.history[: min(changes) - 1] if changes else self.history
 
     @property
     def summary(self) -> dict[str, object]:

@@ -53,14 +53,13 @@ def compare(records: Sequence[Record]) -> Groups:
 
 
 def same_machine(groups: Groups) -> bool:
-    """Whether there are both groups and their times can be compared."""
+    """Whether there are both groups and their times can be compared: all runs began on the same machine."""
+    records = [record for group in groups.values() for record in group]
     machines = {
-        (environment["device"], environment["processor"], environment["processes"], environment["threads"])
-        for records in groups.values()
+        tuple(record.environments[0][name] for name in ("device", "processor", "processes", "threads"))
         for record in records
-        for environment in record.environments
     }
-    return len(groups) == 2 and len(machines) == 1
+    return len(groups) == 2 and len(machines) == 1 and all(record.first_part for record in records)
 
 
 def page(groups: Groups, sweep: Sequence[Record], figures: Sequence[str], command: str) -> str:
@@ -73,13 +72,14 @@ def page(groups: Groups, sweep: Sequence[Record], figures: Sequence[str], comman
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    comparable = same_machine(groups)
     values = {
         group: dict(
             error=np.mean([record.best["test_error"] for record in chosen]),
             loss=np.mean([record.history[-1]["train_loss"] for record in chosen]),
             gradients=curves(chosen, "conv1_gradient").mean(0),
             active=curves(chosen, "active_blocks").mean(),
-            seconds=training_seconds(chosen),
+            seconds=training_seconds(chosen) if comparable else None,
         )
         for group, chosen in groups.items()
     }
@@ -89,7 +89,8 @@ def page(groups: Groups, sweep: Sequence[Record], figures: Sequence[str], comman
         stochastic=values.get(STOCHASTIC),
         blocks=len(records[0].survival),
         expected=sum(groups[STOCHASTIC][0].survival) if STOCHASTIC in groups else None,
-        same_machine=same_machine(groups),
+        same_machine=comparable,
+        moved=any(len(record.first_part) < len(record.history) for record in compared),
         epochs=records[0].options.epochs,
         papers_epochs=records[0].protocol.epochs,
         runs={group: len(chosen) for group, chosen in groups.items()},
