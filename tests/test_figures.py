@@ -268,7 +268,7 @@ def test_one_kind_alone(command, made_up):
     made_up("constant", "cifar_resnet20")
     status, out, _ = command("figures", "--runs", "constant", "--out", "out")
     assert status == 0
-    assert f"no figure of times: it needs runs of {CONSTANT} and {STOCHASTIC} that began on the same machine" in out
+    assert f"no figure of times: it needs whole epochs of {CONSTANT} and {STOCHASTIC} on the same machine" in out
     assert {path.stem for path in Path("out").iterdir()} == {"figure3", "figure7", "results"}
 
 
@@ -281,11 +281,11 @@ def test_times_of_two_machines_are_not_compared(command, made_up):
     assert "times cannot be compared" in Path("out/results.md").read_text()
 
 
-def move(name, since, images_per_second):
-    """Let the rest of a run, from the epoch of this checkpoint, be computed on another machine of this speed."""
+def move(name, since, images_per_second, **environment):
+    """Pretend that a run moved to an environment of another speed at this checkpoint."""
     config, metrics = Path(name) / "config.json", Path(name) / "metrics.jsonl"
     content = json.loads(config.read_text())
-    content["environments"].append(ENVIRONMENT | {"processor": "another", "since": since})
+    content["environments"].append(ENVIRONMENT | environment | {"since": since})
     config.write_text(json.dumps(content))
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     for line in lines[int(since[6:11]) - 1 :]:
@@ -294,18 +294,30 @@ def move(name, since, images_per_second):
 
 
 def test_only_times_before_a_move_are_compared(command, pair):
-    """The mixed times of the epochs during which the runs moved do not count either."""
+    """The epoch in which a run moved does not count either."""
     for name in ("constant", "one"):
-        move(name, "epoch-00003-step-000004", 1.0)
+        move(name, "epoch-00003-step-000004", 1.0, processor="another")
     command("figures", "--runs", "constant", "one", "--out", "out")
     page = Path("out/results.md").read_text()
-    told = "Here: 45 s vs. 60 s per epoch without evaluation (medians over the epochs before the environment changed)"
-    assert told in page
+    expected = (
+        "Here: 45 s vs. 60 s per epoch without evaluation (medians over the epochs before the runs moved to another"
+    )
+    assert expected in page
     assert "a processor (CPU), threads: 2, then another (CPU), threads: 2 |" in page
 
 
+def test_other_versions_on_the_same_machine_are_no_move(command, pair):
+    for name in ("constant", "one"):
+        move(name, "epoch-00003-step-000004", 50.0, torch="2.16")
+    command("figures", "--runs", "constant", "one", "--out", "out")
+    assert (
+        "Here: 90 s vs. 90 s per epoch without evaluation (medians), a ratio of 1.000"
+        in Path("out/results.md").read_text()
+    )
+
+
 def test_times_of_a_run_that_moved_in_its_first_epoch_are_not_compared(command, pair):
-    move("one", "epoch-00001-step-000004", 1.0)
+    move("one", "epoch-00001-step-000004", 1.0, processor="another")
     status, out, _ = command("figures", "--runs", "constant", "one", "--out", "out")
     assert status == 0
     assert "no figure of times" in out
@@ -434,9 +446,11 @@ def change(file, key, value=None):
         ),
         (lambda: change("config.json", "threads", 0), r"a/config.json is from .*: threads is missing or .* \(0\)"),
         (
-            lambda: change("config.json", "since", "noon"),
-            r"a/config.json is from .*: since is missing or .* \('noon'\)",
+            lambda: change("config.json", "since", "epoch-00001-step-000000"),  # of the first environment
+            r"a/config.json is from .*: since is missing or .* \('epoch-00001-step-000000'\)",
         ),
+        (lambda: move("a", "epoch-00000-step-000000", 1.0), r"a/config.json is from .*: since is missing or .*"),
+        (lambda: move("a", "epoch-00001-step-noon", 1.0), r"a/config.json is from .*: since is missing or .*"),
         (
             lambda: change("config.json", "threads", True),
             r"a/config.json is from .*: threads is .* \(True\)",

@@ -290,8 +290,9 @@ def test_a_run_that_diverges_stops(few_images, tmp_path):
     assert json.loads((tmp_path / "run" / "config.json").read_text())["options"]["lr"] == 0.1
 
 
-def test_a_run_that_diverges_later_keeps_its_checkpoint(few_images, tmp_path, monkeypatch):
-    """Weights that become infinite in the last step of an epoch are not saved, although the loss is still finite."""
+@pytest.mark.parametrize(("name", "value"), [("fc.bias", float("inf")), ("bn1.running_mean", float("nan"))])
+def test_a_run_that_diverges_later_keeps_its_checkpoint(few_images, tmp_path, monkeypatch, name, value):
+    """What is no longer finite in the last step of an epoch is not saved, although the loss is still finite."""
     options = Options("cifar_resnet20_sd", "synthetic", epochs=2, batch_size=32, output=tmp_path / "run")
     step = training.Run.step
     steps = []
@@ -301,7 +302,7 @@ def test_a_run_that_diverges_later_keeps_its_checkpoint(few_images, tmp_path, mo
         steps.append(run.progress.steps)
         if len(steps) == 6:
             with torch.no_grad():
-                run.network.fc.bias[0] = float("inf")
+                run.network.state_dict()[name][0] = value
 
     monkeypatch.setattr(training.Run, "step", diverge)
     with pytest.raises(UserError, match="the run diverged in epoch 2"):

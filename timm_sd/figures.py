@@ -55,9 +55,9 @@ def curves(records: Sequence[Record], name: str) -> np.ndarray:
 def training_seconds(records: Sequence[Record]) -> float:
     """Seconds per epoch without evaluation, the median over epochs and runs.
 
-    Only the epochs before a run's environment changed count, since another machine has another speed.
+    Only the epochs before a run moved to another machine count.
     """
-    seconds = [r.protocol.training_images / line["images_per_second"] for r in records for line in r.first_part]
+    seconds = [r.protocol.training_images / line["images_per_second"] for r in records for line in r.before_move]
     return float(np.median(seconds))
 
 

@@ -12,10 +12,12 @@ from .gate import gates
 from .options import BOUND_OPTIONS, GROUPS, REGULARIZATION, Options, flag
 from .run_folder import Progress, RunFolder, read_config, summarize
 
-# The entries of every environment. (Earlier versions did not record NumPy.)
+# The entries of every environment. (Earlier versions did not record NumPy.) All but the first have "since", too: the
+# checkpoint that was resumed there.
 COUNTS = ("processes", "threads")
 WORDS = ("device", "processor", "dynamo_backend", "timm_sd", "python", "torch", "torchvision", "timm", "accelerate")
 OPTIONAL_WORDS = ("git_commit", "numpy")
+MACHINE = ("device", "processor", "processes", "threads")  # what the speed depends on most
 
 
 def read_options(path: Path) -> Options:
@@ -33,7 +35,7 @@ def read_options(path: Path) -> Options:
         raise UserError(f"{path / 'config.json'} is from another version or damaged: {error}") from error
 
 
-def _check_environment(path: Path, where: dict) -> None:
+def _check_environment(path: Path, where: dict, resumed: bool) -> None:
     """Raise UserError unless it has the entries of `machine.environment`, in words that fit in a Markdown table."""
 
     def is_word(value: object) -> bool:
@@ -42,8 +44,9 @@ def _check_environment(path: Path, where: dict) -> None:
     possible = {name: type(where.get(name)) is int and 0 < where[name] < 2**31 for name in COUNTS}
     possible |= {name: is_word(where.get(name)) for name in WORDS}
     possible |= {name: where.get(name) is None or is_word(where[name]) for name in OPTIONAL_WORDS}
-    since = where.get("since")
-    possible["since"] = since is None or (is_word(since) and re.fullmatch(r"epoch-\d{1,9}-step-\d+", since) is not None)
+    if resumed:
+        since = where.get("since")
+        possible["since"] = isinstance(since, str) and bool(re.fullmatch(r"epoch-0*[1-9]\d{0,8}-step-\d+", since))
     possible |= dict.fromkeys(where.keys() - possible.keys(), False)
     for name, is_possible in possible.items():
         if not is_possible:
@@ -67,8 +70,8 @@ class Record:
     def read(cls, path: Path) -> "Record":
         """The run in a folder. Raises UserError if there is none, or it is unfinished or damaged."""
         config, options = read_config(path), read_options(path)
-        for where in config["environments"]:
-            _check_environment(path, where)
+        for index, where in enumerate(config["environments"]):
+            _check_environment(path, where, resumed=index > 0)
         precision = config["options"].get("mixed_precision")
         if precision not in ("no", "bf16"):
             raise UserError(f"{path / 'config.json'} is from another version or damaged: no valid mixed_precision")
@@ -91,10 +94,17 @@ class Record:
         return Progress(self.history).best
 
     @property
-    def first_part(self) -> list[dict[str, float]]:
-        """The metrics of the epochs before the environment first changed: of all epochs if it did not."""
-        changes = [int(where["since"].split("-")[1]) for where in self.environments if where.get("since")]
-        return self.history[: min(changes) - 1] if changes else self.history
+    def machine(self) -> tuple[str | int, ...]:
+        """The machine that the run began on."""
+        return tuple(self.environments[0][name] for name in MACHINE)
+
+    @property
+    def before_move(self) -> list[dict[str, float]]:
+        """The metrics of the epochs before the run moved to another machine: of all epochs if it did not."""
+        for where in self.environments[1:]:
+            if tuple(where[name] for name in MACHINE) != self.machine:
+                return self.history[: int(where["since"].split("-")[1]) - 1]
+        return self.history
 
     @property
     def summary(self) -> dict[str, object]:

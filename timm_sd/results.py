@@ -53,13 +53,10 @@ def compare(records: Sequence[Record]) -> Groups:
 
 
 def same_machine(groups: Groups) -> bool:
-    """Whether there are both groups and their times can be compared: all runs began on the same machine."""
+    """Whether there are both groups and their times can be compared: all runs have epochs on the same machine."""
     records = [record for group in groups.values() for record in group]
-    machines = {
-        tuple(record.environments[0][name] for name in ("device", "processor", "processes", "threads"))
-        for record in records
-    }
-    return len(groups) == 2 and len(machines) == 1 and all(record.first_part for record in records)
+    machines = {record.machine for record in records}
+    return len(groups) == 2 and len(machines) == 1 and all(record.before_move for record in records)
 
 
 def page(groups: Groups, sweep: Sequence[Record], figures: Sequence[str], command: str) -> str:
@@ -90,7 +87,7 @@ def page(groups: Groups, sweep: Sequence[Record], figures: Sequence[str], comman
         blocks=len(records[0].survival),
         expected=sum(groups[STOCHASTIC][0].survival) if STOCHASTIC in groups else None,
         same_machine=comparable,
-        moved=any(len(record.first_part) < len(record.history) for record in compared),
+        moved=any(len(record.before_move) < len(record.history) for record in compared),
         epochs=records[0].options.epochs,
         papers_epochs=records[0].protocol.epochs,
         runs={group: len(chosen) for group, chosen in groups.items()},

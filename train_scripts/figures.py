@@ -34,7 +34,7 @@ def main() -> None:
         if results.same_machine(groups):
             drawn["time"] = figures.times(groups)
         else:
-            say(f"no figure of times: it needs runs of {CONSTANT} and {STOCHASTIC} that began on the same machine")
+            say(f"no figure of times: it needs whole epochs of {CONSTANT} and {STOCHASTIC} on the same machine")
         sweep = [Record.read(path) for path in args.sweep]
         if sweep:
             results.check_alike(sweep, but=("depth", "seed", "p_L", "drop_path_schedule"))
