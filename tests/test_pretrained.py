@@ -13,7 +13,7 @@ from timm_sd import pretrained
 from timm_sd.errors import UserError
 
 WEIGHTS = Path(__file__).parents[1] / "timm_sd" / "weights"
-NAMES = ["cifar_resnet110.e12_cifar10", "cifar_resnet110_sd.e12_cifar10"]
+NAMES = ["cifar_resnet110.e100_cifar10", "cifar_resnet110_sd.e100_cifar10"]
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
@@ -77,13 +77,13 @@ def test_other_survival_probabilities_do_not_change_the_function(name, kwargs):
 def test_other_classes():
     network = timm.create_model("cifar_resnet110_sd", pretrained=True, num_classes=7).eval()
     assert network(IMAGES).shape == (4, 7)
-    weights = weights_of("cifar_resnet110_sd.e12_cifar10")
+    weights = weights_of("cifar_resnet110_sd.e100_cifar10")
     assert all(torch.equal(value, weights[key]) for key, value in network.state_dict().items() if key[:3] != "fc.")
 
 
 def test_other_channels():
     network = timm.create_model("cifar_resnet110_sd", pretrained=True, in_chans=1).eval()
-    weights = weights_of("cifar_resnet110_sd.e12_cifar10")
+    weights = weights_of("cifar_resnet110_sd.e100_cifar10")
     torch.testing.assert_close(network.conv1.weight, weights["conv1.weight"].sum(1, keepdim=True))
     gray = IMAGES[:, :1]
     torch.testing.assert_close(
@@ -97,7 +97,7 @@ def test_other_channels():
 def test_features():
     features = timm.create_model("cifar_resnet110_sd", pretrained=True, features_only=True).eval()(IMAGES)
     whole = timm.create_model("cifar_resnet110_sd")
-    whole.load_state_dict(weights_of("cifar_resnet110_sd.e12_cifar10"))
+    whole.load_state_dict(weights_of("cifar_resnet110_sd.e100_cifar10"))
     assert torch.equal(features[-1], whole.eval().forward_features(IMAGES))
     assert [feature.shape[1:] for feature in features] == [(16, 32, 32), (32, 16, 16), (64, 8, 8)]
 
@@ -139,7 +139,7 @@ def copied_weights(tmp_path, monkeypatch):
     for path in WEIGHTS.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
     monkeypatch.setattr(pretrained, "WEIGHTS", folder)
-    file = folder / "cifar_resnet110_sd.e12_cifar10.safetensors"
+    file = folder / "cifar_resnet110_sd.e100_cifar10.safetensors"
     return file, dict(pretrained=True, pretrained_cfg_overlay={"file": str(file)})
 
 

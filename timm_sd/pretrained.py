@@ -34,7 +34,7 @@ def names(model: str, dataset: str) -> list[str]:
 
 
 def source(name: str) -> dict[str, str]:
-    """timm's config entries for weights such as those of "cifar_resnet110_sd.e12_cifar10"; {} if there are none."""
+    """timm's config entries for weights such as those of "cifar_resnet110_sd.e100_cifar10"; {} if there are none."""
     if name not in packaged():
         return {}
     return dict(file=str(WEIGHTS / f"{name}.safetensors"), hf_hub_id=f"{HUB_NAMESPACE}/{name}")
