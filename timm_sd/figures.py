@@ -91,7 +91,7 @@ def _plain_log(axes: Axes) -> None:
     low, high = axes.get_ylim()
     axes.yaxis.set_major_formatter(plain)
     if high < 40 * low:
-        axes.yaxis.set_minor_locator(LogLocator(subs=(1.5, 2, 3, 4, 5, 6, 7, 8, 9)))
+        axes.yaxis.set_minor_locator(LogLocator(subs=(1.5, 2, 3, 4, 5, 6, 8)))
     axes.yaxis.set_minor_formatter(plain if high < 40 * low else NullFormatter())
 
 
