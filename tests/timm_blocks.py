@@ -235,12 +235,12 @@ def small_model(name):
 
 
 def inputs(name):
-    """The model's arguments for a forward pass of four images."""
+    """The model's arguments for a forward pass of six images."""
     size = EXAMPLES[name].get("img_size", 64)
-    images = torch.randn(4, 3, *(size if isinstance(size, tuple) else (size, size)))
+    images = torch.randn(6, 3, *(size if isinstance(size, tuple) else (size, size)))
     if name.startswith("naflexvit"):  # one to four patches: each image has its own mask and rope
-        coordinates = torch.cartesian_prod(torch.arange(2), torch.arange(2)).expand(4, -1, -1)
-        return images.reshape(4, 4, -1), coordinates, torch.ones(4, 4, dtype=torch.bool).tril()
+        coordinates = torch.cartesian_prod(torch.arange(2), torch.arange(2)).expand(6, -1, -1)
+        return images.reshape(6, 4, -1), coordinates, torch.ones(6, 4, dtype=torch.bool).tril()
     if name in ("test_vit2", "vit_base_patch16_18x2_224"):  # one mask for all samples
         return images, torch.ones(5, 5, dtype=torch.bool).tril()
     return (images,)

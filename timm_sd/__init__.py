@@ -2,7 +2,8 @@
 
 from .cifar_resnet import CifarResNet, register_depth
 from .gate import Gate, draw_gates, gates, use_gates
-from .skip_drop_path import skip_drop_path
+from .skip.convert import restore_drop_path, skip_drop_path
+from .skip.drop_paths import register_drop_path
 from .stochastic_depth import StochasticDepth, survival_probabilities
 
 __version__ = "0.2.0"
@@ -14,6 +15,8 @@ __all__ = [
     "draw_gates",
     "gates",
     "register_depth",
+    "register_drop_path",
+    "restore_drop_path",
     "skip_drop_path",
     "survival_probabilities",
     "use_gates",

@@ -17,7 +17,7 @@ from torch import nn
 from .command_line import Parser, one_line_errors
 from .errors import UserError
 from .gate import MODES
-from .skip_drop_path import skip_drop_path
+from .skip.convert import skip_drop_path
 
 PROG = "python -m timm_sd"
 

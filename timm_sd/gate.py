@@ -1,4 +1,4 @@
-"""Gates decide which residual branches a training step computes, in the paper's networks and in any timm model.
+"""Gates decide which residual branches a training step computes, in the paper's networks and in any other model.
 
 A residual block adds a branch f to a shortcut s. In training, a gate decides for which samples of the mini-batch f is
 computed at all:
@@ -9,10 +9,11 @@ computed at all:
     mode     gates                                          drawn
     "batch"  one for the whole mini-batch, as in the paper  Bernoulli, open with survival probability p
     "row"    one for each sample                            the same, independently
-    "count"  one for each sample                            k = max(1, int(B p)) of B open, without replacement
+    "count"  one for each sample                            k of B open, without replacement: the integer nearest to
+                                                            B p, but at least 1 unless p = 0
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -35,75 +36,10 @@ def check_survival(name: str, probability: float) -> None:
 
 
 def kept(batch_size: int, survival: float) -> int:
-    """k = max(1, int(B p)), the number of samples that mode "count" keeps."""
-    k = max(1, int(batch_size * survival + 1e-6))  # 10 * (1 - 0.8) is 1.9999999999999996
-    return len(range(k))  # k itself, but to torch.compile a constant, as the autograd functions below need
-
-
-class _ZeroGradients(torch.autograd.Function):
-    """Identity on the shortcut that gives the parameters of the dropped branch zero gradients.
-
-    Zero, not None: the authors' optimizer still updates a dropped block by momentum and weight decay. PyTorch's
-    optimizers skip parameters without a gradient, and DistributedDataParallel would keep waiting for them.
-    """
-
-    @staticmethod
-    def forward(shortcut: Tensor, *parameters: Tensor) -> Tensor:
-        return shortcut.view_as(shortcut)
-
-    @staticmethod
-    def setup_context(ctx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[1:])
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        needed = zip(ctx.saved_tensors, ctx.needs_input_grad[1:], strict=True)
-        return gradient, *(torch.zeros_like(parameter) if need else None for parameter, need in needed)
-
-
-class _TakeRows(torch.autograd.Function):
-    """x[rows] for distinct rows. PyTorch's own backward pass must allow for repeated rows and is much slower.
-
-    (`index_select` would not keep channels_last.)
-    """
-
-    @staticmethod
-    def forward(x: Tensor, rows: Tensor) -> Tensor:
-        return x[rows]
-
-    @staticmethod
-    def setup_context(ctx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        x, rows = inputs
-        ctx.like = torch.empty_like(x, device="meta")  # x itself would be kept until the backward pass
-        ctx.save_for_backward(rows)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        (rows,) = ctx.saved_tensors
-        whole = torch.zeros_like(ctx.like, dtype=gradient.dtype, device=gradient.device)
-        whole[rows] = gradient
-        return whole, None
-
-
-class _AddToRows(torch.autograd.Function):
-    """shortcut.index_add(0, rows, f, alpha=scale), which by itself would not keep channels_last."""
-
-    @staticmethod
-    def forward(shortcut: Tensor, f: Tensor, rows: Tensor, scale: float) -> Tensor:
-        total = shortcut.to(torch.promote_types(shortcut.dtype, f.dtype), copy=True)
-        return total.index_add_(0, rows, f.to(total.dtype), alpha=scale)
-
-    @staticmethod
-    def setup_context(ctx, inputs: tuple[Tensor, Tensor, Tensor, float], output: Tensor) -> None:
-        shortcut, f, rows, ctx.scale = inputs
-        ctx.types = shortcut.dtype, f.dtype
-        ctx.save_for_backward(rows)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        (rows,) = ctx.saved_tensors
-        shortcut_type, f_type = ctx.types
-        return gradient.to(shortcut_type), (gradient[rows] * ctx.scale).to(f_type), None, None
+    """k = floor(B p + 1/2), the number of samples that mode "count" keeps; at least 1 unless p or B is 0."""
+    k = int(batch_size * survival + 0.5 + 1e-6)  # 15 * (1 - 0.9) is 1.4999999999999996
+    k = min(max(k, 1 if survival else 0), batch_size)
+    return len(range(k))  # k itself, but to torch.compile a constant, as the autograd functions need
 
 
 class Gate(nn.Module):
@@ -112,9 +48,6 @@ class Gate(nn.Module):
     In training it is drawn in each forward pass from PyTorch's global CPU generator, so that reading it never waits for
     a GPU, unless `use_gates` provides it. A gate with p = 1 draws nothing.
     """
-
-    scale_by_keep = False  # the paper scales by p in inference, not by 1 / p in training
-    copies_shortcut = False  # whether a closed gate must return a new tensor, since it may be modified in place later
 
     def __init__(self, survival: float = 1.0, mode: str = "batch") -> None:
         """
@@ -136,50 +69,6 @@ class Gate(nn.Module):
         """Whether the gate can be closed in the next forward pass."""
         return self.training and (self.survival < 1 or self.provided is not None)
 
-    @torch.jit.unused
-    def forward(
-        self,
-        branch: Callable[..., Tensor],
-        shortcut: Tensor,
-        inputs: Sequence[Tensor],
-        parameters: Iterable[Tensor],
-        activation: Callable[[Tensor], Tensor] | None = None,
-    ) -> Tensor:
-        """The shortcut plus the branch, computed only for the samples whose gate is open.
-
-        Args:
-            branch: f, which treats each sample independently (except for batch normalization).
-            shortcut: s, of shape (B, ...).
-            inputs: The arguments of f, each of shape (B, ...).
-            parameters: All tensors that get a gradient through f: zero if no sample is kept.
-            activation: Applied to the sum. It must leave the shortcut unchanged, since it may be skipped along with f.
-
-        Raises:
-            ValueError: `use_gates` provided gates for a different number of samples.
-        """
-        batch_size = len(shortcut)
-        if not self.can_close():
-            return _add(shortcut, branch(*inputs), None, 1.0, activation)
-        if self.mode == "count":
-            scale = batch_size / kept(batch_size, self.survival) if self.scale_by_keep else 1.0
-            rows = self._kept_rows(batch_size).to(shortcut.device, non_blocking=True)
-            return _add(shortcut, branch(*_take_rows(inputs, rows)), rows, scale, activation)
-        return self._decide(branch, shortcut, inputs, parameters, activation)
-
-    # Reading a gate inside a compiled region would make it part of the graph, one graph for each pattern of gates. So
-    # this is not compiled, but the branch that it calls is.
-    @torch.compiler.disable(recursive=False)
-    def _decide(self, branch, shortcut, inputs, parameters, activation) -> Tensor:
-        gate = self.draw(len(shortcut))
-        if not gate.any():
-            dropped = _ZeroGradients.apply(shortcut, *parameters)
-            return dropped.clone() if self.copies_shortcut else dropped
-        scale = 1 / self.survival if self.scale_by_keep else 1.0
-        if self.mode == "batch":
-            return _add(shortcut, branch(*inputs), None, scale, activation)
-        rows = gate.nonzero().squeeze(1).to(shortcut.device, non_blocking=True)
-        return _add(shortcut, branch(*_take_rows_eagerly(inputs, rows)), rows, scale, activation)
-
     @torch.compiler.disable
     def draw(self, batch_size: int) -> Tensor:
         """The gate of a forward pass, of shape () in mode "batch" and (B,) in mode "row"."""
@@ -189,8 +78,8 @@ class Gate(nn.Module):
         self._check_provided(shape)
         return self.provided
 
-    def _kept_rows(self, batch_size: int) -> Tensor:
-        """The k samples to keep. Their number is fixed and no value is read, so this compiles."""
+    def draw_count(self, batch_size: int) -> Tensor:
+        """The k samples that mode "count" keeps. Their number is fixed and no value is read, so this compiles."""
         k = kept(batch_size, self.survival)
         if self.provided is None:
             return torch.randperm(batch_size, device="cpu")[:k]
@@ -209,43 +98,22 @@ class Gate(nn.Module):
         return f"survival={self.survival:.4f}, mode={self.mode!r}"
 
 
-def _take_rows(inputs: Sequence[Tensor], rows: Tensor) -> list[Tensor]:
-    return [_TakeRows.apply(x, rows) for x in inputs]
-
-
-_take_rows_eagerly = torch.compiler.disable(_take_rows)  # not worth a graph of its own, and there would be many
-
-
-def _add(
-    shortcut: Tensor,
-    f: Tensor,
-    rows: Tensor | None,
-    scale: float,
-    activation: Callable[[Tensor], Tensor] | None,
-) -> Tensor:
-    """The shortcut plus scale * f, where f has all samples or only those in `rows`.
-
-    f may be broadcast to the shortcut's shape, but not the other way round: a closed gate returns the shortcut.
-    """
-    if rows is None:
-        total = torch.add(shortcut, f.expand_as(shortcut), alpha=scale)
-    else:
-        total = _AddToRows.apply(shortcut, f.expand(-1, *shortcut.shape[1:]), rows, scale)
-    return total if activation is None else activation(total)
-
-
 def gates(network: nn.Module) -> list[Gate]:
     """The gates of a network, wrapped or not (by DDP, `torch.compile`, feature extractors).
 
     There is one per residual branch, with its `survival` probability: one per block in the paper's networks, one per
-    DropPath call in a model converted by `skip_drop_path`. They are in order of registration, which in timm's models is
-    the order of execution.
+    call of a drop path in a model converted by `skip_drop_path`. They are in order of registration, which in timm's
+    models is the order of execution.
     """
     return [module for module in network.modules() if isinstance(module, Gate)]
 
 
 def draw_gates(
-    survival: Sequence[float] | Tensor, seed: int, step: int, batch_size: int | None = None, mode: str | None = None
+    survival: Sequence[float] | Tensor,
+    seed: int,
+    step: int,
+    batch_size: int | None = None,
+    mode: str | Sequence[str] | None = None,
 ) -> Tensor:
     """The gates of training step `step`, drawn according to their mode: a pure function of the arguments.
 
@@ -255,29 +123,39 @@ def draw_gates(
         survival: The survival probability of each of L gates. (A float32 tensor rounds them, which may change k.)
         seed: The run's seed.
         step: The step, counted from the beginning of the run.
-        batch_size: The number of samples B, None in mode "batch".
-        mode: "batch", "row" or "count"; by default "batch" without a batch size and "row" with one.
+        batch_size: The number of samples B, None if all gates have mode "batch".
+        mode: "batch", "row" or "count", for all gates or one for each; by default "batch" without a batch size and
+            "row" with one.
 
     Returns:
-        A bool tensor on the CPU, of shape (L,) in mode "batch" and (L, B) in the others.
+        A bool tensor on the CPU, of shape (L,) without a batch size and (L, B) with one; there, the row of a gate in
+        mode "batch" has B equal entries.
 
     Raises:
-        ValueError: `survival` is not a list of probabilities, the mode is unknown, or it needs a batch size.
+        ValueError: `survival` is not a list of probabilities, a mode is unknown, or it needs a batch size.
     """
     probabilities = torch.as_tensor(survival, dtype=torch.float64, device="cpu")
     if probabilities.ndim != 1 or not ((probabilities >= 0) & (probabilities <= 1)).all():
         raise ValueError(f"survival={survival!r}, but it must be a list of probabilities, one for each gate")
     mode = mode or ("batch" if batch_size is None else "row")
-    check_choice("mode", mode, MODES)
-    if mode != "batch" and batch_size is None:
-        raise ValueError(f"mode={mode!r} draws one gate per sample, so it needs a batch_size")
-    shape = (len(probabilities), 1 if mode == "batch" else batch_size)
-    uniform = torch.from_numpy(np.random.default_rng([seed, step]).random(shape))
-    if mode == "count":
-        counts = torch.tensor([kept(batch_size, p) for p in probabilities.tolist()])
-        return uniform.argsort(dim=1).argsort(dim=1) < counts.unsqueeze(1)
+    modes = [mode] * len(probabilities) if isinstance(mode, str) else list(mode)
+    if len(modes) != len(probabilities):
+        raise ValueError(f"{len(modes)} modes, but there are {len(probabilities)} gates")
+    for each in {mode, *modes} if isinstance(mode, str) else set(modes):
+        check_choice("mode", each, MODES)
+        if each != "batch" and batch_size is None:
+            raise ValueError(f"mode={each!r} draws one gate per sample, so it needs a batch_size")
+    whole = mode == "batch" or batch_size is None
+    uniform = torch.from_numpy(np.random.default_rng([seed, step]).random((len(modes), 1 if whole else batch_size)))
     drawn = uniform < probabilities.unsqueeze(1)
-    return drawn.squeeze(1) if mode == "batch" else drawn
+    if whole:
+        return drawn.squeeze(1)
+    for row, (each, p) in enumerate(zip(modes, probabilities.tolist(), strict=True)):
+        if each == "count":
+            drawn[row] = uniform[row].argsort().argsort() < kept(batch_size, p)
+        elif each == "batch":
+            drawn[row] = drawn[row, 0].clone()
+    return drawn
 
 
 @contextmanager
@@ -286,42 +164,51 @@ def use_gates(network: nn.Module | list[Gate], values: Tensor) -> Iterator[None]
 
     The context must cover the backward pass too, since gradient checkpointing recomputes blocks there:
 
-        survival = [gate.survival for gate in gates(network)]
-        with use_gates(network, draw_gates(survival, seed, step)):
+        own = gates(network)
+        values = draw_gates([g.survival for g in own], seed, step, batch_size, [g.mode for g in own])
+        with use_gates(network, values):
             loss = criterion(network(images), labels)
             loss.backward()
 
     Args:
         network: Any module with gates, wrapped or not, or the list of its gates, which saves looking for them at every
             step.
-        values: A bool tensor with one row per gate, in order: of shape (L,) in mode "batch", (L, B) in the others.
+        values: A bool tensor with one row per gate, in order: of shape (L, B), with equal entries in the row of a gate
+            in mode "batch", or of shape (L,) if all gates have this mode.
 
     Raises:
         ValueError: `values` is not such a tensor.
     """
     own = network if isinstance(network, list) else gates(network)
-    modes = {gate.mode for gate in own}
-    shape = f"({len(own)},)" if modes <= {"batch"} else f"({len(own)}, B)"
-    dimensions = 1 if modes <= {"batch"} else 2
     if not isinstance(values, Tensor):
         raise ValueError(f"gates of type {type(values).__name__}, but use_gates takes a torch.bool tensor")
-    if values.dtype != torch.bool or len(values) != len(own) or values.ndim != dimensions:
+    modes = {gate.mode for gate in own}
+    shapes = [f"({len(own)}, B)"] + [f"({len(own)},)"] * (modes <= {"batch"})
+    if values.dtype != torch.bool or len(values) != len(own) or values.ndim not in (2, 3 - len(shapes)):
         raise ValueError(
             f"gates of type {values.dtype} and shape {tuple(values.shape)}, but this network's {len(own)} gates in"
-            f" mode {' and '.join(map(repr, sorted(modes)))} take torch.bool of shape {shape}"
+            f" mode {' and '.join(map(repr, sorted(modes)))} take torch.bool of shape {' or '.join(shapes)}"
         )
-    values = values.cpu()
-    for gate, value in zip(own, values, strict=True):
-        if gate.mode == "count" and value.sum() != kept(len(value), gate.survival):
-            raise ValueError(
-                f"{value.sum()} of {len(value)} gates are open, but mode 'count' with p = {gate.survival:g} opens"
-                f" {kept(len(value), gate.survival)}: draw them with mode='count' and each gate's own `survival`"
-            )
+    provided = [_provided(gate, value) for gate, value in zip(own, values.cpu(), strict=True)]
     outer = [gate.provided for gate in own]
-    for gate, value in zip(own, values, strict=True):
+    for gate, value in zip(own, provided, strict=True):
         gate.provided = value
     try:
         yield
     finally:
         for gate, value in zip(own, outer, strict=True):
             gate.provided = value
+
+
+def _provided(gate: Gate, value: Tensor) -> Tensor:
+    """A row of `use_gates` in the shape that a gate's mode takes. Raises ValueError if it is none of its gates."""
+    if gate.mode == "batch" and value.ndim:
+        if value.any() != value.all():
+            raise ValueError("open and closed gates for a branch in mode 'batch', which takes one for all samples")
+        return value.all()
+    if gate.mode == "count" and value.sum() != kept(len(value), gate.survival):
+        raise ValueError(
+            f"{value.sum()} of {len(value)} gates are open, but mode 'count' with p = {gate.survival:g} opens"
+            f" {kept(len(value), gate.survival)}: draw them with mode='count' and each gate's own `survival`"
+        )
+    return value

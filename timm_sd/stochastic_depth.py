@@ -12,12 +12,12 @@ Nothing here is specific to a network: `StochasticDepth` is a single block, buil
 """
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from .gate import Gate, check_choice, check_survival
+from .rows import put_rows, take_rows, zero_gradients
 
 # p_b from a block's relative depth b / L and p_L.
 SCHEDULES = {
@@ -98,11 +98,36 @@ class StochasticDepth(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """H_{b-1} of shape (B, ...) to H_b."""
         if not torch.jit.is_scripting() and self.training:
-            branch = partial(_call, self.branch)
-            return self.gate(branch, self.shortcut(x), [x], self.branch.parameters(), self.activation)
+            return self._train(x)
         if self.training and self.gate.survival < 1:
             raise RuntimeError("TorchScript cannot train with stochastic depth: call eval(), or use torch.compile")
         return self.activation(torch.add(self.shortcut(x), self.branch(x), alpha=self.gate.survival))
+
+    @torch.jit.unused
+    def _train(self, x: Tensor) -> Tensor:
+        shortcut = self.shortcut(x)
+        if not self.gate.can_close():
+            return self.activation(shortcut + _call(self.branch, x))
+        if self.gate.mode == "count":
+            rows = self.gate.draw_count(len(x)).to(x.device, non_blocking=True)
+            return self._add_rows(shortcut, take_rows(x, rows), rows)
+        return self._decide(shortcut, x)
+
+    # Reading a gate inside a compiled region would make it part of the graph, one graph for each pattern of gates. So
+    # this is not compiled, but the branch that it calls is.
+    @torch.compiler.disable(recursive=False)
+    def _decide(self, shortcut: Tensor, x: Tensor) -> Tensor:
+        gate = self.gate.draw(len(x))
+        if not gate.any():
+            return zero_gradients(shortcut, *self.branch.parameters())
+        if self.gate.mode == "batch":
+            return self.activation(shortcut + _call(self.branch, x))
+        rows = gate.nonzero().squeeze(1).to(x.device, non_blocking=True)
+        return self._add_rows(shortcut, _take_rows_eagerly(x, rows), rows)
+
+    def _add_rows(self, shortcut: Tensor, kept: Tensor, rows: Tensor) -> Tensor:
+        """The sum, where the branch is computed for the samples that are kept."""
+        return self.activation(shortcut + put_rows(_call(self.branch, kept), rows, len(shortcut)))
 
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -130,9 +155,10 @@ class StochasticDepth(nn.Module):
 
 
 def _call(branch: nn.Module, x: Tensor) -> Tensor:
-    # What the gate is given: not the branch itself, since torch.compile starts no graph in nn.Sequential's own code,
-    # and not a method, since up to PyTorch 2.9 a function that is passed a bound method is compiled anew each time.
-    return branch(x)
+    return branch(x)  # a function of ours, since torch.compile starts no graph in nn.Sequential's own code
+
+
+_take_rows_eagerly = torch.compiler.disable(take_rows)  # not worth a graph of its own, and there would be many
 
 
 def stochastic_blocks(network: nn.Module) -> list[StochasticDepth]:

@@ -1,0 +1,142 @@
+"""Where the branch of a drop path begins, as one pass of a block shows by its autograd graph.
+
+A block's own code is not read. Of the calls of its children, those that only a drop path's input depends on are its
+branch; where they take a tensor from outside, the branch begins.
+"""
+
+import copy
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+Calls = dict[tuple[str, int], dict[int, int]]
+"""Calls of children, by name and number from 0, each with some of its arguments: rows per sample, by position."""
+
+
+class Call(NamedTuple):
+    """A call of a child: its tensors by position, each with its rows and autograd node, and the nodes of its outputs."""
+
+    child: str
+    number: int
+    inputs: dict[int, tuple[int, object]]
+    outputs: list
+
+
+class Drop(NamedTuple):
+    """A call of a drop path: its number of rows, how many calls were before it, and the nodes before and after it."""
+
+    name: str
+    number: int
+    rows: int
+    before: int
+    into: object
+    out: object
+
+
+class Observed(NamedTuple):
+    """One pass of a block: the nodes of its arguments and outputs, and its modules that change their buffers."""
+
+    calls: list[Call]
+    drops: list[Drop]
+    inputs: list
+    outputs: list
+    norms: list[str]
+
+
+def children(block: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """What a block's forward method can call: its children, and those in its lists and dicts."""
+    for name, child in block.named_children():
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            yield from children(child, f"{prefix}{name}.")
+        else:
+            yield prefix + name, child
+
+
+def tensors(*values: object) -> list[Tensor]:
+    return [x for x in tree_leaves(values) if isinstance(x, Tensor)]
+
+
+def observe(block: nn.Module, drop_paths: Sequence[str], args: tuple, kwargs: dict) -> Observed:
+    """Run a copy of a block whose parameters all require gradients."""
+    buffers, block = dict(block.named_buffers()), copy.deepcopy(block)
+    calls, drops, count = [], [], Counter()
+
+    def before(name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        values = enumerate(tree_leaves((args, kwargs)))
+        inputs = {i: (len(x), x.grad_fn) for i, x in values if isinstance(x, Tensor) and x.ndim}
+        calls.append(Call(name, count[name], inputs, []))
+        count[name] += 1
+
+    def after(name: str, module: nn.Module, args: tuple, output: object) -> None:
+        call = next(call for call in reversed(calls) if call.child == name and not call.outputs)
+        call.outputs.extend(x.grad_fn for x in tensors(output) if x.grad_fn)
+
+    def drop(name: str, x: Tensor, *_: object, **__: object) -> Tensor:
+        y = x.clone()
+        drops.append(Drop(name, count[name], len(x), len(calls), x.grad_fn, y.grad_fn))
+        count[name] += 1
+        return y
+
+    def tracked(x: object) -> object:
+        tracks = isinstance(x, Tensor) and x.is_floating_point()
+        return x.detach().clone().requires_grad_().clone() if tracks else x
+
+    for name, module in children(block):
+        if name in drop_paths:
+            module.forward = partial(drop, name)
+        else:
+            module.register_forward_pre_hook(partial(before, name), with_kwargs=True)
+            module.register_forward_hook(partial(after, name))
+    with torch.enable_grad():
+        args, kwargs = tree_map(tracked, (args, kwargs))
+        inputs = [x.grad_fn for x in tensors(args, kwargs)]
+        outputs = [x.grad_fn for x in tensors(block(*args, **kwargs))]
+    changed = (name for name, x in block.named_buffers() if x.is_floating_point() and not torch.equal(x, buffers[name]))
+    return Observed(calls, drops, inputs, outputs, list({name.rpartition(".")[0]: None for name in changed}))
+
+
+def _ancestors(nodes: Sequence, stop: object = None) -> set:
+    """The nodes and all that they are computed from, except what is computed only for `stop`."""
+    found, stack = set(), [node for node in nodes if node is not None]
+    while stack:
+        node = stack.pop()
+        if node is not stop and node not in found:
+            found.add(node)
+            stack.extend(parent for parent, _ in node.next_functions if parent is not None)
+    return found
+
+
+def branch_of(drop: Drop, seen: Observed) -> list[Call]:
+    """The calls that are made only for a call of a drop path, in order.
+
+    If another drop path is within its branch, those after it: each branch has one drop path.
+    """
+    own = _ancestors([drop.into]) - _ancestors(seen.outputs, stop=drop.out)
+    first = max((other.before for other in seen.drops if other is not drop and other.out in own), default=0)
+    return [call for call in seen.calls[first : drop.before] if call.outputs and own.issuperset(call.outputs)]
+
+
+def entries(drop: Drop, branch: list[Call], seen: Observed, alone: bool = False) -> Calls:
+    """The arguments of a branch that come from outside and have rows of their own for each of the drop path's.
+
+    Those are as many as it has, or, if computed from the block's first tensor, a multiple (such as windows). If the
+    calls are `alone`, what comes from other calls of the branch counts, too.
+    """
+    inner = set() if alone else {node for call in branch for node in call.outputs}
+    first = next(node for node in seen.inputs if node is not None)
+    found = {}
+    for call in branch:
+        groups = {}
+        for position, (rows, node) in call.inputs.items():
+            group, rest = divmod(rows, drop.rows)
+            of = _ancestors([node])
+            if group and not rest and (group == 1 or first in of) and not of & inner:
+                groups[position] = group
+        if groups:
+            found[call.child, call.number] = groups
+    return found
