@@ -179,6 +179,9 @@ def sam2() -> Models:
 def vit_pytorch() -> Models:
     from vit_pytorch.max_vit import Dropsample, MaxViT
 
+    from timm_sd import register_drop_path
+
+    register_drop_path(Dropsample, "prob")  # it drops rows of tensors with four dimensions only
     model = MaxViT(num_classes=4, dim=16, depth=(2, 2), dim_head=8, dim_conv_stem=8, window_size=4)
     for module in model.modules():
         if isinstance(module, Dropsample):  # MaxViT has no argument for it
@@ -217,12 +220,13 @@ PACKAGES = {
 
 def compare_here(name: str) -> bool:
     """Compare the models of a package that is installed; print a line for each and return whether all agree."""
-    from same_samples import compare  # slow to import, and the process that only starts others does not need it
+    from same_samples import Comparison  # slow to import, and the process that only starts others does not need it
 
     torch.manual_seed(0)
     agree = True
     for model_name, model, inputs in PACKAGES[name].models():
-        results = {kept: compare(model, inputs, "row", closed=kept == "none") for kept in ("some", "none")}
+        comparison = Comparison(model, inputs, "row")
+        results = {kept: comparison.run(kept) for kept in ("some", "none")}
         some = results["some"]
         state = [f"{kept} kept: {result.message}" for kept, result in results.items() if not result.ok] or ["ok"]
         agree &= state == ["ok"]

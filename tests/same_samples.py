@@ -51,7 +51,7 @@ class Result:
     message: str = ""  # what differs, or what the conversion warned of
 
     def __str__(self) -> str:
-        state = "ok" if self.ok else "DIFFERS"
+        state = "ok" if self.ok else "differs"
         left = f", left: {' '.join(self.left)}" if self.left else ""
         return f"{state}, {self.gates} gates for {self.drop_path_calls} calls{left}. {self.message}".strip()
 
@@ -71,90 +71,90 @@ class Flops:
 
 
 def compare(
-    model: nn.Module,
-    inputs: Mapping[str, Any] | tuple,
-    mode: str,
-    closed: bool = False,
-    one: bool = False,
-    is_drop_path: Callable[[nn.Module], bool] | None = None,
-    **options: Any,
+    model: nn.Module, inputs: Mapping[str, Any] | tuple, mode: str, closed: bool = False, **options: Any
 ) -> Result:
-    """Compare outputs and gradients of a model and its conversion by `skip_drop_path`, in training.
+    """Compare a model and its conversion with some of the samples dropped, or with all gates closed.
+
+    The arguments are those of `Comparison`, which compares several states of the gates faster.
+    """
+    return Comparison(model, inputs, mode, **options).run("none" if closed else "some")
+
+
+class Comparison:
+    """A model and its conversion by `skip_drop_path`, in training.
 
     Both compute in float64, or in float32 if the model cannot. Dropout is off, and so are calls of drop paths without
     a gate. Gates for samples are compared with batch normalization in evaluation, since it would see other samples.
-
-    Args:
-        model: A plain model, which is left as it is.
-        inputs: Its arguments in a forward pass, by name or in order.
-        mode: As for `skip_drop_path`.
-        closed: Whether all gates are closed. Otherwise some rows, or some gates in mode "batch", are kept.
-        one: Whether each gate for rows keeps a single one.
-        is_drop_path: Which modules are drop paths; by default those of classes that are called so.
-        options: Further arguments of `skip_drop_path`.
     """
-    drop_paths = is_drop_path or named_so
-    model, inputs, tolerance = _prepared(model, inputs, mode, drop_paths)
-    plain, converted = copy.deepcopy(model), copy.deepcopy(model)
-    sizes = _sizes(copy.deepcopy(model), inputs, drop_paths)
-    with _without_gates(model, drop_paths) as spare:
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any] | tuple,
+        mode: str,
+        is_drop_path: Callable[[nn.Module], bool] | None = None,
+        **options: Any,
+    ) -> None:
+        """
+        Args:
+            model: A plain model, which is left as it is.
+            inputs: Its arguments in a forward pass, by name or in order.
+            mode: As for `skip_drop_path`.
+            is_drop_path: Which modules are drop paths; by default those of classes that are called so.
+            options: Further arguments of `skip_drop_path`. By default, the inputs are its example, and batch norms are
+                allowed in the branches of gates for samples.
+        """
+        self.is_drop_path = is_drop_path or named_so
+        self.plain, self.inputs, self.tolerance = _prepared(model, inputs, mode, self.is_drop_path)
+        self.sizes = _sizes(copy.deepcopy(self.plain), self.inputs, self.is_drop_path)
+        options = dict(example=self.inputs, allow_batch_norm=mode in ("row", "count")) | options
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
-            converted = convert(converted, inputs, mode, **options)
-            draws = Draws(converted, plain, sizes, closed, one)
-            spare.append(True)
-            try:
-                ours = _results(converted, inputs)
-            except Exception as error:  # whatever a forward method raises for the shapes that it got
-                draws.problems.append(f"{type(error).__name__}: {error}")
-                ours = None
-        notes = [str(warning.message) for warning in warned if issubclass(warning.category, UserWarning)]
+            self.converted = skip_drop_path(copy.deepcopy(self.plain), mode, **options)
+        self.warnings = [str(warning.message) for warning in warned if issubclass(warning.category, UserWarning)]
+
+    def run(self, kept: str = "some") -> Result:
+        """Compare outputs, gradients and buffers.
+
+        Args:
+            kept: "some" samples, or gates in mode "batch", "none" or "all" of them; or "one" sample.
+        """
+        plain, converted = copy.deepcopy(self.plain), copy.deepcopy(self.converted)
+        draws = Draws(converted, plain, self.sizes, kept)
         problems = draws.problems
-        if ours:
+        try:
+            with _without_gates(self.plain, self.is_drop_path):
+                ours = _results(converted, self.inputs)
+        except Exception as error:  # whatever a forward method raises for the shapes that it got
+            problems.append(f"{type(error).__name__}: {error}")
+        else:
             problems += draws.missing()
-            _force(plain, draws.rules, drop_paths)
-            problems += _differences(ours, _results(plain, inputs), tolerance)
+            _force(plain, draws.rules, self.is_drop_path)
+            problems += _differences(ours, _results(plain, self.inputs), self.tolerance)
             if not draws.closed_batch_gate():  # a batch norm that is not run does not change its statistics
-                problems += _different_buffers(converted, plain, tolerance)
-    gated = {draws.call_of(gate) for gate in draws.gates}
-    left = [f"{name}[{number}]" for name, number in sizes if (name, number) not in gated]
-    return Result(not problems, len(draws.gates), len(sizes), left, "; ".join(problems[:3] or notes))
+                problems += _different_buffers(converted, plain, self.tolerance)
+        gated = {draws.call_of(gate) for gate in draws.gates}
+        left = [f"{name}[{number}]" for name, number in self.sizes if (name, number) not in gated]
+        message = "; ".join(problems[:3] or self.warnings)
+        return Result(not problems, len(draws.gates), len(self.sizes), left, message)
 
+    def flops(self) -> Flops:
+        """What the converted model computes if all of its gates are closed.
 
-def flops(
-    model: nn.Module,
-    inputs: Mapping[str, Any] | tuple,
-    mode: str,
-    is_drop_path: Callable[[nn.Module], bool] | None = None,
-    **options: Any,
-) -> Flops:
-    """What a converted model computes if all of its gates are closed.
-
-    `shared` is exact if the backward pass of each operation is twice its forward pass, as in layers with trainable
-    parameters whose inputs get gradients.
-    """
-    drop_paths = is_drop_path or named_so
-    model, inputs, _ = _prepared(model, inputs, mode, drop_paths)
-    sizes = _sizes(copy.deepcopy(model), inputs, drop_paths)
-    plain, cut, converted = (copy.deepcopy(model) for _ in range(3))
-    with _without_gates(model, drop_paths) as spare, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        converted = convert(converted, inputs, mode, **options)
-        Draws(converted, plain, sizes, closed=True)
-        spare.append(True)
-        _force(plain, {}, drop_paths)
-        for module in filter(drop_paths, cut.modules()):
+        `shared` is exact if the backward pass of each operation is twice its forward pass, as in layers with trainable
+        parameters whose inputs get gradients.
+        """
+        plain, cut, converted = copy.deepcopy((self.plain, self.plain, self.converted))
+        _force(plain, {}, self.is_drop_path)
+        for module in filter(self.is_drop_path, cut.modules()):
             if probability(module):
                 module.forward = lambda x, *_, **__: torch.zeros_like(x)  # no gradient goes into the branch
-        (forward, backward), (_, kept), skipping = (_flops(model, inputs) for model in (plain, cut, converted))
-    return Flops(forward + backward, sum(skipping), round(kept + forward * kept / backward) if backward else forward)
-
-
-def convert(model: nn.Module, inputs: Mapping[str, Any] | tuple, mode: str, **options: Any) -> nn.Module:
-    """The model, converted. Batch norms are in evaluation if there are gates for samples, so they are allowed."""
-    options = dict(example=inputs, allow_batch_norm=mode in ("row", "count")) | options
-    found = skip_drop_path(model, mode, **options)
-    return model if found is None else found
+        forward, backward = _flops(plain, self.inputs)
+        _, kept = _flops(cut, self.inputs)
+        Draws(converted, plain, self.sizes, "none")
+        with _without_gates(self.plain, self.is_drop_path):
+            closed = sum(_flops(converted, self.inputs))
+        return Flops(forward + backward, closed, round(kept + forward * kept / backward))
 
 
 def named_so(module: nn.Module) -> bool:
@@ -300,20 +300,14 @@ def _children(block: nn.Module) -> Iterator[nn.Module]:
 
 
 @contextmanager
-def _without_gates(model: nn.Module, drop_paths: Callable) -> Iterator[list]:
-    """From when the list is not empty, drop paths without a gate drop nothing, whichever way they are called."""
-    spare: list = []
-
-    def sparing(forward: Callable) -> Callable:
-        return lambda self, x, *args, **kwargs: x if spare else forward(self, x, *args, **kwargs)
-
+def _without_gates(model: nn.Module, drop_paths: Callable) -> Iterator[None]:
+    """Calls of drop paths that have no gate drop nothing, and then do what is in their classes."""
     classes = {type(module) for module in model.modules() if drop_paths(module)}
     own = {cls: vars(cls).get("forward") for cls in classes}
-    forwards = {cls: cls.forward for cls in classes}
     for cls in classes:
-        cls.forward = sparing(forwards[cls])
+        cls.forward = lambda self, x, *_, **__: x
     try:
-        yield spare
+        yield
     finally:
         for cls, forward in own.items():
             if forward is None:
@@ -328,10 +322,8 @@ class Draws:
     The gates decide when they are asked, since a gate in the branch of another one gets only the rows that this keeps.
     """
 
-    def __init__(
-        self, converted: nn.Module, plain: nn.Module, sizes: Sizes, closed: bool = False, one: bool = False
-    ) -> None:
-        self.plain, self.sizes, self.closed, self.one = plain, sizes, closed, one
+    def __init__(self, converted: nn.Module, plain: nn.Module, sizes: Sizes, kept: str) -> None:
+        self.plain, self.sizes, self.kept = plain, sizes, kept
         self.gates = [gate for gate in gates(converted) if gate.survival < 1]
         self.generator = torch.Generator().manual_seed(3)
         self.names = {module: name for name, module in converted.named_modules()}
@@ -370,14 +362,13 @@ class Draws:
         """A gate for this many rows, and the factor that kept ones are scaled by."""
         scale = 1 / survival if survival else 1.0
         if gate.mode == "batch":
-            return torch.tensor(not self.closed and len(self.rules) % 3 != 2), scale
+            alternating = len(self.rules) % 3 != 2
+            return torch.tensor(dict(all=True, none=False).get(self.kept, alternating)), scale
+        some = int(torch.randint(2, max(3, size), (), generator=self.generator))
+        k = dict(all=size, some=some, one=1, none=0)[self.kept]
         if gate.mode == "count":
             k = min(size, max(1, int(size * survival + 0.5)))
             scale = size / k if k else 1.0
-        elif self.closed:
-            k = 0
-        else:
-            k = 1 if self.one else int(torch.randint(2, max(3, size), (), generator=self.generator))
         return torch.randperm(size, generator=self.generator) < k, scale
 
     def rows_of(self, size: int, rows: int) -> Tensor:

@@ -6,7 +6,6 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -18,7 +17,7 @@ from .branches import children
 from .drop_paths import kind_of, looks_like_drop_path
 from .example import block_calls
 from .plans import plan_call
-from .step import DropPathGate, Skipping, install
+from .step import HOOKS, NOT_COMPILED, DropPathGate, install, normalize
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -134,20 +133,17 @@ def _complaints(model: nn.Module, kinds: dict, modes: dict, left: dict[str, list
 def restore_drop_path(model: Model) -> Model:
     """Undo `skip_drop_path`, in place; returns the model."""
     for module in model.modules():
-        if _is_ours(vars(module).get("forward")):
+        for attribute in ("skipping", "skipped"):
+            vars(module).pop(attribute, None)
+        if getattr(vars(module).get("forward"), "func", None) in (*HOOKS, *NOT_COMPILED, normalize):
             del module.forward
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key in [key for key, hook in hooks.items() if _is_ours(hook)]:
+            for key in [key for key, hook in hooks.items() if hook in HOOKS or hook in NOT_COMPILED]:
                 for each in (hooks, module._forward_pre_hooks_with_kwargs, module._forward_hooks_always_called):
                     each.pop(key, None)
         for name in [name for name, child in module.named_children() if isinstance(child, DropPathGate)]:
             delattr(module, name)
     return model
-
-
-def _is_ours(function: object) -> bool:
-    function = function.func if isinstance(function, partial) else function
-    return isinstance(getattr(function, "__self__", None), Skipping)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from .step import DropPathGate, Plan, gate_name, install, kind_of_call
 Masks = dict[tuple[str, int], Tensor]
 """The rows to keep, by drop path and number of its call."""
 
-OWN = set(vars(nn.Module())) - {"training"}  # attributes that every module has
+OWN = {*vars(nn.Module()), "forward", "skipping", "skipped"} - {"training"}  # attributes that every module has
 
 
 class Example:
@@ -123,7 +123,7 @@ def _results(block: nn.Module, example: Example) -> tuple[list, list, list]:
         sum(losses).backward()
     for module in (module for module in block.modules() if not isinstance(module, DropPathGate)):
         outputs += module.buffers(recurse=False)
-        kept = {name: value for name, value in vars(module).items() if name not in OWN and name != "forward"}
+        kept = {name: value for name, value in vars(module).items() if name not in OWN}
         outputs += tensors(kept)
         outputs += [value for value in kept.values() if isinstance(value, (int, float))]
     return outputs, [x.grad for x in leaves], [parameter.grad for parameter in block.parameters()]

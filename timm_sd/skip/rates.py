@@ -34,6 +34,7 @@ SCHEDULES = {
     "exponential": lambda rate, share: 1 - (1 - rate) ** share,
 }
 COMPOSITE = re.compile("MaxVitLayer|MaxxVitBlock|ParallelThingsBlock|MobileVit(V2)?Block")  # blocks made of blocks
+INITIALIZATION = {"trunc_normal_", "normal_", "uniform_", "erfinv_", "mul_", "add_", "clamp_", "fill_", "zero_"}
 
 
 class Place(NamedTuple):
@@ -137,23 +138,29 @@ def _constructor(module: nn.Module) -> Callable[[], nn.Module] | None:
     if not isinstance(rate, Real):
         raise ValueError(f"{type(module).__name__} has a rate for each stage: set them in its config")
     config = copy.deepcopy(module.config)
-    config.drop_path_rate = type(rate)(1)  # some take only an int, others only a float
+    vars(config)["drop_path_rate"] = 1.0  # TimeSformer's would accept only an int
     return partial(type(module), config)
 
 
-class _RatesOnCpu(TorchFunctionMode):
-    """Older versions of timm compute their rates on the default device, and read them."""
+class _WithoutWeights(TorchFunctionMode):
+    """Skips the initialization of weights, most of the time that it takes to create a model on the meta device."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        device = {"device": "cpu"} if function is torch.linspace else {}
-        return function(*args, **device | (kwargs or {}))
+        kwargs = kwargs or {}
+        if (
+            function is torch.linspace
+        ):  # older versions of timm compute their rates on the default device, and read them
+            kwargs = {"device": "cpu"} | kwargs
+        if function.__name__ in INITIALIZATION and args and args[0].is_meta:
+            return args[0]
+        return function(*args, **kwargs)
 
 
 def _create(network: nn.Module) -> dict[str, Place]:
     """The places of a model like this one that is created with a rate of 1; none if its constructor is not known."""
     if network not in _created and (constructor := _constructor(network)):
         try:
-            with torch.device("meta"), _RatesOnCpu():
+            with torch.device("meta"), _WithoutWeights():
                 created = constructor()
         except (TypeError, RuntimeError) as error:
             raise ValueError(f"{type(network).__name__} cannot be created with a drop path rate: {error}") from error

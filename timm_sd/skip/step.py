@@ -253,10 +253,9 @@ class Skipping:
     def __setstate__(self, state: dict) -> None:
         self.__init__(**state)
 
-    def begin(self, block: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Forward pre-hook on the block."""
-        stack = self.traced if torch.compiler.is_compiling() else self.passes.stack
-        stack.append(self.new_pass(args, kwargs))
+    def stack(self) -> list[Pass | None]:
+        """The passes of the block that this thread is in, the innermost last."""
+        return self.traced if torch.compiler.is_compiling() else self.passes.stack
 
     def new_pass(self, args: tuple, kwargs: dict) -> Pass | None:
         """A pass of the block, None if it skips nothing."""
@@ -270,23 +269,6 @@ class Skipping:
             _warn(f"{type(self.block).__name__} computes what its drop paths drop: the example had no such call")
             return None
         return Pass(plan, self.block, values)
-
-    def end(self, block: nn.Module, args: tuple, output: object) -> Tensor | None:
-        """Forward hook on the block, called even if its forward method raises an exception (then without output)."""
-        traced = torch.compiler.is_compiling()
-        current = (self.traced if traced else self.passes.stack).pop()
-        if current is None or output is None:
-            return None
-        whole = current.branch(BLOCK)
-        if whole is not None and (opened := current.open.pop(whole)).rows is not None:
-            x = current.inputs[0].to(output.dtype)
-            return x.index_copy(0, opened.rows[: opened.kept], output[: opened.kept])
-        if current.open:
-            names = ", ".join(current.branches[index].drop_path for index in current.open)
-            raise RuntimeError(f"{type(block).__name__}: rows were taken for {names}, which was not called")
-        if not traced and current.leaks(output):
-            raise RuntimeError(f"{type(block).__name__}: a branch is used other than through its drop path")
-        return None
 
     def current(self, name: str) -> Pass | None:
         """The pass in which a child is called, None if nothing is skipped in it."""
@@ -302,6 +284,18 @@ class Skipping:
             again = self.passes.again = Pass(self.only_plan(), self.block, None)
         return again
 
+    @torch.compiler.disable
+    def is_closed(self, norm: str) -> bool:
+        """Whether a normalization is called in a branch that keeps no sample."""
+        current = self.current(norm)
+        opened = current.open.items() if current is not None else ()
+        return any(branch.kept == 0 and norm in current.branches[index].norms for index, branch in opened)
+
+    def empties(self, norm: str, device: str) -> bool:
+        """Whether a normalization gets no rows at all on this type of device if its branch keeps no sample."""
+        branches = (branch for plan in self.plans.values() for branch in plan.branches)
+        return all(branch.empty_on == device for branch in branches if norm in branch.norms)
+
     def only_plan(self) -> Plan:
         """The plan of a block that is called in one way and calls each child once, so that a part of it is enough."""
         plan, *others = self.plans.values()
@@ -312,71 +306,91 @@ class Skipping:
             raise RuntimeError(f"{type(self.block).__name__} checkpoints a part of itself: checkpoint the whole block")
         return plan
 
-    def enter(self, child: str, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        """Forward pre-hook where branches begin: take the kept rows of what comes from outside."""
-        current = self.current(child)
-        if current is None:
-            return None
-        call = current.count(child)
-        index = current.branch(call)
-        if index is None:
-            return None
-        values, structure = tree_flatten((args, kwargs))
-        current.take(call, index, values)
-        return tree_unflatten(values, structure)
 
-    def give_back(self, child: str, module: nn.Module, args: tuple, output: object) -> object:
-        """Forward hook on a child that is computed alone: put its rows back at once."""
-        current = self.current(child)
-        index = None if current is None else current.branch((child, current.calls[child] - 1))
-        if index is None or not current.branches[index].alone or (opened := current.open[index]).rows is None:
-            return None
-        computed = len(opened.rows)
-
-        def put(y: object) -> object:
-            return opened.put(y, len(y) // computed if computed else current.groups[child])
-
-        return tree_map(lambda y: put(y) if isinstance(y, Tensor) else y, output)
-
-    def leave(self, name: str, drop_path: nn.Module, x: Tensor, *args: object, **kwargs: object) -> Tensor:
-        """The forward method of a drop path: put the branch's rows back among zeros."""
-        current = self.current(name)
-        index = None if current is None else current.branch(current.count(name))
-        if index is not None and index in current.open:
-            return current.end(index, x)
-        if index is not None and current.part:
-            raise RuntimeError(
-                f"{type(self.block).__name__} checkpoints a part of a branch: checkpoint the whole block"
-            )
-        return type(drop_path).forward(drop_path, x, *args, **kwargs)
-
-    @torch.compiler.disable
-    def is_closed(self, norm: str) -> bool:
-        """Whether a normalization is called in a branch that keeps no sample."""
-        current = self.current(norm)
-        opened = current.open.items() if current is not None else ()
-        return any(branch.kept == 0 and norm in current.branches[index].norms for index, branch in opened)
-
-    def normalize(self, name: str, empty_on: str | None, norm: nn.Module, x: Tensor, *args, **kwargs) -> object:
-        """The forward method of a normalization over the batch: without samples, it keeps its statistics."""
-        if len(x) == 0 or (x.device.type != empty_on and self.is_closed(name)):
-            frozen = object.__new__(type(norm))  # other threads would see a flag set in the module
-            frozen.__dict__ = norm.__dict__ | {"training": False}
-            norm = frozen
-        return type(norm).forward(norm, x, *args, **kwargs)
+# The hooks, which find what they follow in attributes of the modules: torch.compile would compile a block anew for a
+# function that belongs to another block. `block.skipping` is a block's `Skipping`; `child.skipped` has that, and the
+# child's name, for children where branches begin, drop paths and normalizations.
 
 
-class NotCompiled(Skipping):
-    """The hooks of a block with gates in mode "row" or "batch", which are read by the host.
+def begin(block: nn.Module, args: tuple, kwargs: dict) -> None:
+    """Forward pre-hook on the block."""
+    block.skipping.stack().append(block.skipping.new_pass(args, kwargs))
 
-    In a compiled region, a gate's value would become part of the graph: one graph for each pattern of gates.
-    """
 
-    begin = torch.compiler.disable(Skipping.begin)
-    end = torch.compiler.disable(Skipping.end)
-    enter = torch.compiler.disable(Skipping.enter)
-    give_back = torch.compiler.disable(Skipping.give_back)
-    leave = torch.compiler.disable(Skipping.leave)
+def end(block: nn.Module, args: tuple, output: object) -> Tensor | None:
+    """Forward hook on the block, called even if its forward method raises an exception (then without output)."""
+    current = block.skipping.stack().pop()
+    if current is None or output is None:
+        return None
+    whole = current.branch(BLOCK)
+    if whole is not None and (opened := current.open.pop(whole)).rows is not None:
+        x = current.inputs[0].to(output.dtype)
+        return x.index_copy(0, opened.rows[: opened.kept], output[: opened.kept])
+    if current.open:
+        names = ", ".join(current.branches[index].drop_path for index in current.open)
+        raise RuntimeError(f"{type(block).__name__}: rows were taken for {names}, which was not called")
+    if not torch.compiler.is_compiling() and current.leaks(output):
+        raise RuntimeError(f"{type(block).__name__}: a branch is used other than through its drop path")
+    return None
+
+
+def enter(child: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    """Forward pre-hook where branches begin: take the kept rows of what comes from outside."""
+    skipping, name = child.skipped
+    current = skipping.current(name)
+    if current is None:
+        return None
+    call = current.count(name)
+    index = current.branch(call)
+    if index is None:
+        return None
+    values, structure = tree_flatten((args, kwargs))
+    current.take(call, index, values)
+    return tree_unflatten(values, structure)
+
+
+def give_back(child: nn.Module, args: tuple, output: object) -> object:
+    """Forward hook on a child that is computed alone: put its rows back at once."""
+    skipping, name = child.skipped
+    current = skipping.current(name)
+    index = None if current is None else current.branch((name, current.calls[name] - 1))
+    if index is None or not current.branches[index].alone or (opened := current.open[index]).rows is None:
+        return None
+    computed = len(opened.rows)
+
+    def put(y: object) -> object:
+        group = len(y) // computed if computed else current.groups[name]
+        return opened.put(y, group)
+
+    return tree_map(lambda y: put(y) if isinstance(y, Tensor) else y, output)
+
+
+def leave(drop_path: nn.Module, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+    """The forward method of a drop path: put the branch's rows back among zeros."""
+    skipping, name = drop_path.skipped
+    current = skipping.current(name)
+    index = None if current is None else current.branch(current.count(name))
+    if index is not None and index in current.open:
+        return current.end(index, x)
+    if index is not None and current.part:
+        raise RuntimeError(f"{name} is in a part of a block that is checkpointed, but not its branch: checkpoint both")
+    return type(drop_path).forward(drop_path, x, *args, **kwargs)
+
+
+def normalize(norm: nn.Module, x: Tensor, *args: object, **kwargs: object) -> object:
+    """The forward method of a normalization over the batch: without samples, it keeps its statistics."""
+    skipping, name = norm.skipped
+    if len(x) == 0 or (not skipping.empties(name, x.device.type) and skipping.is_closed(name)):
+        frozen = object.__new__(type(norm))  # other threads would see a flag set in the module
+        frozen.__dict__ = norm.__dict__ | {"training": False}
+        norm = frozen
+    return type(norm).forward(norm, x, *args, **kwargs)
+
+
+# In modes "row" and "batch" the host reads the gates. In a compiled region, their values would become part of the
+# graph: one graph for each pattern of gates.
+HOOKS = begin, end, enter, give_back, leave
+NOT_COMPILED = tuple(map(torch.compiler.disable, HOOKS))
 
 
 def gate_name(call: int) -> str:
@@ -426,20 +440,23 @@ def install(
         plans: A plan for each `kind_of_call`.
         modes: The mode of each call of a drop path that has a branch, by the drop path's name and number of the call.
     """
-    hooks = (Skipping if set(modes.values()) == {"count"} else NotCompiled)(block, plans)
+    begin, end, enter, give_back, leave = HOOKS if set(modes.values()) == {"count"} else NOT_COMPILED
     branches = [branch for plan in plans.values() for branch in plan.branches]
-    block.register_forward_pre_hook(hooks.begin, with_kwargs=True)
-    block.register_forward_hook(hooks.end, always_call=True)
-    for child in dict.fromkeys(child for branch in branches for child, _ in branch.entries):
-        block.get_submodule(child).register_forward_pre_hook(partial(hooks.enter, child), with_kwargs=True)
-    for child in dict.fromkeys(child for branch in branches if branch.alone for child, _ in branch.entries):
-        block.get_submodule(child).register_forward_hook(partial(hooks.give_back, child))
+    entered = {child: branch.alone for branch in branches for child, _ in branch.entries}
+    block.skipping = Skipping(block, plans)
+    block.register_forward_pre_hook(begin, with_kwargs=True)
+    block.register_forward_hook(end, always_call=True)
+    for name in {*entered, *(name for name, _ in modes), *(norm for branch in branches for norm in branch.norms)}:
+        block.get_submodule(name).skipped = block.skipping, name
+    for child, alone in entered.items():
+        block.get_submodule(child).register_forward_pre_hook(enter, with_kwargs=True)
+        if alone:
+            block.get_submodule(child).register_forward_hook(give_back)
     for (name, call), mode in modes.items():
         drop_path = block.get_submodule(name)
-        drop_path.forward = partial(hooks.leave, name, drop_path)
+        drop_path.forward = partial(leave, drop_path)
         drop_path.add_module(
             gate_name(call), DropPathGate(drop_path, kinds[name], call, mode).train(drop_path.training)
         )
-    for name, branch in ((name, branch) for branch in branches for name in branch.norms):
-        norm = block.get_submodule(name)
-        norm.forward = partial(hooks.normalize, name, branch.empty_on, norm)
+    for norm in {block.get_submodule(norm) for branch in branches for norm in branch.norms}:
+        norm.forward = partial(normalize, norm)
