@@ -275,7 +275,7 @@ def _force(model: nn.Module, rules: Rules, drop_paths: Callable, sizes: Sizes | 
                 return x
             mask, scale = rules[call][passes[call] - 1]
             mask = mask.view(-1, *[1] * (x.ndim - 1)) if mask.ndim else mask
-            return x * (mask * scale).to(x.dtype)
+            return x * (mask.to(x.dtype) * scale)
 
         return forward
 
@@ -367,7 +367,7 @@ class Draws:
         some = int(torch.randint(2, max(3, size), (), generator=self.generator))
         k = dict(all=size, some=some, one=1, none=0)[self.kept]
         if gate.mode == "count":
-            k = min(size, max(1, int(size * survival + 0.5)))
+            k = min(size, max(1, int(size * survival + 0.5 + 1e-6)))
             scale = size / k if k else 1.0
         return torch.randperm(size, generator=self.generator) < k, scale
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 
-from timm_sd import cuda_graphs, draw_gates, rows, training, use_gates
+from timm_sd import cuda_graphs, draw_gates, stochastic_depth, training, use_gates
 from timm_sd.options import Options
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -113,7 +113,7 @@ def test_kept_blocks_are_replayed_and_dropped_ones_are_not(device, monkeypatch):
 def test_a_dropped_block_creates_no_gradients(device, monkeypatch):
     """Its gradients simply stay zero; eager training has to create the zeros."""
     _, graphed = make_twins("cifar_resnet20_sd", device)
-    monkeypatch.setattr(rows._ZeroGradients, "apply", None)
+    monkeypatch.setattr(stochastic_depth, "zero_gradients", None)
     addresses = [parameter.grad.data_ptr() for parameter in graphed.parameters()]
     images, labels = next(batches(device))
     with use_gates(graphed, torch.arange(9) % 2 == 0):

@@ -8,6 +8,7 @@ import torch
 
 import timm_sd
 from timm_sd.skip.drop_paths import drop_probability, kind_of
+from timm_sd.skip.places import WithoutWeights
 from timm_sd.skip.rates import set_drop_path
 
 transformers = pytest.importorskip("transformers")
@@ -33,7 +34,7 @@ def create(name, rate=None):
     config = cls.config_class()
     if rate is not None:
         vars(config)["drop_path_rate"] = rate  # TimeSformer's config would accept only an int
-    with torch.device("meta"):
+    with torch.device("meta"), WithoutWeights():
         return cls(config)
 
 

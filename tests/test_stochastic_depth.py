@@ -1,6 +1,7 @@
 """The method against its equations, written out."""
 
 import copy
+import math
 import itertools
 import pickle
 import warnings
@@ -205,7 +206,7 @@ def test_counted_gates_open_for_k_samples(batch_size):
     values = draw_gates(p, 0, 0, batch_size, mode="count")
     assert values.shape == (54, batch_size)
     assert values.dtype == torch.bool
-    assert values.sum(1).tolist() == [max(1, int(batch_size * probability)) for probability in p]
+    assert values.sum(1).tolist() == [max(1, math.floor(batch_size * probability + 0.5)) for probability in p]
     assert torch.equal(values, draw_gates(p, 0, 0, batch_size, mode="count"))
     if batch_size > 2:
         assert not torch.equal(values, draw_gates(p, 0, 1, batch_size, mode="count"))
@@ -361,7 +362,7 @@ def test_rows(mode, kept):
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "survival", "k"), [(6, 0.5, 3), (7, 0.5, 3), (6, 0.99, 5), (6, 0.01, 1), (1, 0.5, 1)]
+    ("batch_size", "survival", "k"), [(6, 0.5, 3), (7, 0.5, 4), (6, 0.9, 5), (6, 0.01, 1), (1, 0.5, 1)]
 )
 def test_mode_count_keeps_k_rows(batch_size, survival, k):
     """With gates that the block draws, k rows differ from the shortcut and the others equal it to the bit."""
@@ -498,7 +499,7 @@ def test_repr_shows_probability_and_mode():
     [
         ("batch", torch.ones(8, dtype=torch.bool)),
         ("batch", torch.ones(9)),
-        ("batch", torch.ones(9, 4, dtype=torch.bool)),
+        ("batch", torch.ones(9, 4, 1, dtype=torch.bool)),
         ("row", torch.ones(9, dtype=torch.bool)),
         ("count", torch.ones(9, dtype=torch.bool)),
     ],
@@ -507,6 +508,30 @@ def test_gates_that_do_not_fit(mode, values):
     network = small_network(drop_path_mode=mode)
     with pytest.raises(ValueError, match=f"this network's 9 gates in mode '{mode}'"), use_gates(network, values):
         pass
+
+
+def test_modes_may_be_mixed():
+    """A gate for the whole mini-batch has equal entries in its row."""
+    network = small_network().train()
+    own = gates(network)
+    for gate, mode in zip(own, ["batch", "row", "count"] * 3, strict=True):
+        gate.mode, gate.survival = mode, 0.5
+    modes, p = [gate.mode for gate in own], [0.5] * 9
+    values = draw_gates(p, 3, 1, 4, modes)
+    assert torch.equal(values[1::3], draw_gates(p, 3, 1, 4, "row")[1::3])
+    assert torch.equal(values[2::3], draw_gates(p, 3, 1, 4, "count")[2::3])
+    assert (values[::3] == values[::3, :1]).all()
+    with use_gates(network, values):
+        assert [gate.provided.tolist() for gate in own] == [
+            row[0].item() if mode == "batch" else row.tolist() for mode, row in zip(modes, values, strict=True)
+        ]
+        network(images(4)).sum().backward()
+    values[0] = torch.tensor([True, False, True, True])
+    with pytest.raises(ValueError, match="in mode 'batch', which takes one for all"), use_gates(network, values):
+        pass
+    with pytest.raises(ValueError, match="8 modes, but there are 9 gates"):
+        draw_gates(p, 3, 1, 4, modes[1:])
+    assert {draw_gates([0.5], 3, step, 4, ["batch"]).any().item() for step in range(20)} == {False, True}
 
 
 @pytest.mark.parametrize("mode", ["row", "count"])

@@ -49,8 +49,7 @@ class _TakeRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
         (rows,) = ctx.saved_tensors
-        return put_rows(gradient, rows, ctx.size), None
-
+        return put_rows(gradient, rows, ctx.size, 1.0), None
 
 
 class _PutRows(torch.autograd.Function):
@@ -77,17 +76,4 @@ class _PutRows(torch.autograd.Function):
         return gradient if ctx.scale == 1 else gradient * ctx.scale, None, None, None
 
 
-
-def zero_gradients(shortcut: Tensor, *parameters: Tensor) -> Tensor:
-    """The shortcut itself; in the backward pass, the parameters get zero gradients."""
-    return _ZeroGradients.apply(shortcut, *parameters)
-
-
-def take_rows(x: Tensor, rows: Tensor) -> Tensor:
-    """x[rows], for distinct rows."""
-    return _TakeRows.apply(x, rows)
-
-
-def put_rows(x: Tensor, rows: Tensor, size: int, scale: float = 1.0) -> Tensor:
-    """scale * x as these rows of a tensor of zeros of shape (size, *x.shape[1:])."""
-    return _PutRows.apply(x, rows, size, scale)
+zero_gradients, take_rows, put_rows = _ZeroGradients.apply, _TakeRows.apply, _PutRows.apply

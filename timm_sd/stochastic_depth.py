@@ -107,10 +107,10 @@ class StochasticDepth(nn.Module):
     def _train(self, x: Tensor) -> Tensor:
         shortcut = self.shortcut(x)
         if not self.gate.can_close():
-            return self.activation(shortcut + _call(self.branch, x))
+            return _add(shortcut, _call(self.branch, x), self.activation)
         if self.gate.mode == "count":
             rows = self.gate.draw_count(len(x)).to(x.device, non_blocking=True)
-            return self._add_rows(shortcut, take_rows(x, rows), rows)
+            return _add_rows(shortcut, _call(self.branch, take_rows(x, rows)), rows, self.activation)
         return self._decide(shortcut, x)
 
     # Reading a gate inside a compiled region would make it part of the graph, one graph for each pattern of gates. So
@@ -121,13 +121,9 @@ class StochasticDepth(nn.Module):
         if not gate.any():
             return zero_gradients(shortcut, *self.branch.parameters())
         if self.gate.mode == "batch":
-            return self.activation(shortcut + _call(self.branch, x))
+            return _add(shortcut, _call(self.branch, x), self.activation)
         rows = gate.nonzero().squeeze(1).to(x.device, non_blocking=True)
-        return self._add_rows(shortcut, _take_rows_eagerly(x, rows), rows)
-
-    def _add_rows(self, shortcut: Tensor, kept: Tensor, rows: Tensor) -> Tensor:
-        """The sum, where the branch is computed for the samples that are kept."""
-        return self.activation(shortcut + put_rows(_call(self.branch, kept), rows, len(shortcut)))
+        return _add_rows(shortcut, _call(self.branch, take_rows(x, rows)), rows, self.activation)
 
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -154,11 +150,19 @@ class StochasticDepth(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, *args)
 
 
+# Functions of ours, since torch.compile starts no graph in the code of nn.Sequential.
+
+
 def _call(branch: nn.Module, x: Tensor) -> Tensor:
-    return branch(x)  # a function of ours, since torch.compile starts no graph in nn.Sequential's own code
+    return branch(x)
 
 
-_take_rows_eagerly = torch.compiler.disable(take_rows)  # not worth a graph of its own, and there would be many
+def _add(shortcut: Tensor, f: Tensor, activation: nn.Module) -> Tensor:
+    return activation(shortcut + f)
+
+
+def _add_rows(shortcut: Tensor, f: Tensor, rows: Tensor, activation: nn.Module) -> Tensor:
+    return activation(shortcut + put_rows(f, rows, len(shortcut), 1.0))
 
 
 def stochastic_blocks(network: nn.Module) -> list[StochasticDepth]:
