@@ -4,6 +4,7 @@ from .cifar_resnet import CifarResNet, register_depth
 from .gate import Gate, draw_gates, gates, use_gates
 from .skip.convert import restore_drop_path, skip_drop_path
 from .skip.drop_paths import register_drop_path
+from .skip.rates import set_drop_path
 from .stochastic_depth import StochasticDepth, survival_probabilities
 
 __version__ = "0.2.0"
@@ -17,6 +18,7 @@ __all__ = [
     "register_depth",
     "register_drop_path",
     "restore_drop_path",
+    "set_drop_path",
     "skip_drop_path",
     "survival_probabilities",
     "use_gates",

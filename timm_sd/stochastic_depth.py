@@ -11,7 +11,8 @@ and a ReLU, and survives a training step with probability p_b:
 Nothing here is specific to a network: `StochasticDepth` is a single block, built around a gate from `timm_sd.gate`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,50 @@ def survival_probabilities(num_blocks: int, final: float, schedule: str | Sequen
         return [float(probability) for probability in schedule]
     check_choice("schedule", schedule, list(SCHEDULES))
     return [SCHEDULES[schedule](block / num_blocks, final) for block in range(1, num_blocks + 1)]
+
+
+class BranchGate(Gate):
+    """The gate of a residual block, which computes the branch only for the samples whose gate is open."""
+
+    @torch.jit.unused
+    def forward(
+        self,
+        branch: Callable[[Tensor], Tensor],
+        shortcut: Tensor,
+        x: Tensor,
+        parameters: Iterable[Tensor],
+        activation: nn.Module,
+    ) -> Tensor:
+        """H_b in training.
+
+        Args:
+            branch: f_b, which treats each sample independently, except for batch normalization.
+            shortcut: s_b(H_{b-1}), of shape (B, ...).
+            x: H_{b-1}, of shape (B, ...).
+            parameters: Those of f_b, which get zero gradients if no sample is kept.
+            activation: Applied to the sum. It must leave the shortcut unchanged, since it may be skipped along with f.
+
+        Raises:
+            ValueError: `use_gates` provided gates for a different number of samples.
+        """
+        if not self.can_close():
+            return _add(shortcut, branch(x), activation)
+        if self.mode == "count":
+            rows = self.draw_count(len(x)).to(x.device, non_blocking=True)
+            return _add_rows(shortcut, branch(take_rows(x, rows)), rows, activation)
+        return self._decide(branch, shortcut, x, parameters, activation)
+
+    # Reading a gate inside a compiled region would make it part of the graph, one graph for each pattern of gates. So
+    # this is not compiled, but the branch that it calls is.
+    @torch.compiler.disable(recursive=False)
+    def _decide(self, branch, shortcut, x, parameters, activation) -> Tensor:
+        gate = self.draw(len(x))
+        if not gate.any():
+            return zero_gradients(shortcut, *parameters)
+        if self.mode == "batch":
+            return _add(shortcut, branch(x), activation)
+        rows = gate.nonzero().squeeze(1).to(x.device, non_blocking=True)
+        return _add_rows(shortcut, branch(take_rows(x, rows)), rows, activation)
 
 
 class StochasticDepth(nn.Module):
@@ -88,7 +133,7 @@ class StochasticDepth(nn.Module):
         self.branch = branch
         self.shortcut = shortcut
         self.activation = activation
-        self.gate = Gate(survival, mode)
+        self.gate = BranchGate(survival, mode)
 
     @property
     def survival(self) -> float:
@@ -98,32 +143,12 @@ class StochasticDepth(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """H_{b-1} of shape (B, ...) to H_b."""
         if not torch.jit.is_scripting() and self.training:
-            return self._train(x)
+            return self.gate(
+                partial(_call, self.branch), self.shortcut(x), x, self.branch.parameters(), self.activation
+            )
         if self.training and self.gate.survival < 1:
             raise RuntimeError("TorchScript cannot train with stochastic depth: call eval(), or use torch.compile")
         return self.activation(torch.add(self.shortcut(x), self.branch(x), alpha=self.gate.survival))
-
-    @torch.jit.unused
-    def _train(self, x: Tensor) -> Tensor:
-        shortcut = self.shortcut(x)
-        if not self.gate.can_close():
-            return _add(shortcut, _call(self.branch, x), self.activation)
-        if self.gate.mode == "count":
-            rows = self.gate.draw_count(len(x)).to(x.device, non_blocking=True)
-            return _add_rows(shortcut, _call(self.branch, take_rows(x, rows)), rows, self.activation)
-        return self._decide(shortcut, x)
-
-    # Reading a gate inside a compiled region would make it part of the graph, one graph for each pattern of gates. So
-    # this is not compiled, but the branch that it calls is.
-    @torch.compiler.disable(recursive=False)
-    def _decide(self, shortcut: Tensor, x: Tensor) -> Tensor:
-        gate = self.gate.draw(len(x))
-        if not gate.any():
-            return zero_gradients(shortcut, *self.branch.parameters())
-        if self.gate.mode == "batch":
-            return _add(shortcut, _call(self.branch, x), self.activation)
-        rows = gate.nonzero().squeeze(1).to(x.device, non_blocking=True)
-        return _add_rows(shortcut, _call(self.branch, take_rows(x, rows)), rows, self.activation)
 
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -150,10 +175,9 @@ class StochasticDepth(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, *args)
 
 
-# Functions of ours, since torch.compile starts no graph in the code of nn.Sequential.
-
-
 def _call(branch: nn.Module, x: Tensor) -> Tensor:
+    # What the gate is given: not the branch itself, since torch.compile starts no graph in nn.Sequential's own code,
+    # and not a method, since up to PyTorch 2.9 a function that is passed a bound method is compiled anew each time.
     return branch(x)
 
 

@@ -20,6 +20,7 @@ from timm.models._features import FeatureDictNet, FeatureGetterNet, FeatureHookN
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from ..errors import one_line
 from .drop_paths import Kind, drop_probability, kind_of
 
 COMPOSITE = re.compile("MaxVitLayer|MaxxVitBlock|ParallelThingsBlock|MobileVit(V2)?Block")  # blocks made of blocks
@@ -120,8 +121,9 @@ def _create(network: nn.Module) -> dict[str, Place]:
         try:
             with torch.device("meta"), WithoutWeights():
                 created = constructor()
-        except (TypeError, RuntimeError) as error:
-            raise ValueError(f"{type(network).__name__} cannot be created with a drop path rate: {error}") from error
+        except Exception as error:
+            reason = one_line(str(error))
+            raise ValueError(f"{type(network).__name__} cannot be created with a drop path rate: {reason}") from error
         _created[network] = _places(created)
     return _created.get(network, {})
 
@@ -131,9 +133,7 @@ class WithoutWeights(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if (
-            function is torch.linspace
-        ):  # older versions of timm compute their rates on the default device, and read them
+        if function is torch.linspace:  # older versions of timm read their rates from the default device
             kwargs = {"device": "cpu"} | kwargs
         if function.__name__ in INITIALIZATION and args and args[0].is_meta:
             return args[0]
