@@ -91,7 +91,7 @@ class BranchGate(Gate):
         if self.mode == "batch":
             return _add(shortcut, branch(x), activation)
         rows = gate.nonzero().squeeze(1).to(x.device, non_blocking=True)
-        return _add_rows(shortcut, branch(take_rows(x, rows)), rows, activation)
+        return _add_rows(shortcut, branch(_take_rows_eagerly(x, rows)), rows, activation)
 
 
 class StochasticDepth(nn.Module):
@@ -186,7 +186,10 @@ def _add(shortcut: Tensor, f: Tensor, activation: nn.Module) -> Tensor:
 
 
 def _add_rows(shortcut: Tensor, f: Tensor, rows: Tensor, activation: nn.Module) -> Tensor:
-    return activation(shortcut + put_rows(f, rows, len(shortcut), 1.0))
+    return activation(shortcut + put_rows(f, rows, len(shortcut)))
+
+
+_take_rows_eagerly = torch.compiler.disable(take_rows)  # not worth a graph of its own, and there would be many
 
 
 def stochastic_blocks(network: nn.Module) -> list[StochasticDepth]:

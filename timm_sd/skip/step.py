@@ -261,7 +261,7 @@ class Skipping:
         """A pass of the block, None if it skips nothing."""
         names = dict.fromkeys(branch.drop_path for plan in self.plans.values() for branch in plan.branches)
         gates = (gate for name in names for gate in operator.attrgetter(name)(self.block).children())
-        if not any(gate.can_close() for gate in gates) or _needs_all_rows():
+        if not any(gate.can_close() for gate in gates) or _in_vmap():
             return None
         kind, values = kind_of_call(args, kwargs)
         plan = self.plans.get(kind)
@@ -415,13 +415,12 @@ def _fits(plan: Plan, values: list[Tensor]) -> bool:
     return all(rows is None or n == (samples if rows else 1) for rows, n in zip(plan.rows, lengths, strict=True))
 
 
-def _needs_all_rows() -> bool:
-    """Whether torch.func.vmap is active, in which the number of rows cannot depend on the sample, or forward mode."""
+def _in_vmap() -> bool:
+    """Whether torch.func.vmap is active, in which the number of rows cannot depend on the sample."""
     if torch.compiler.is_compiling():
         return False
     levels = torch._C._functorch.get_interpreter_stack() or ()
-    vmap = any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels)
-    return vmap or torch.autograd.forward_ad._current_level >= 0
+    return any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels)
 
 
 @torch.compiler.disable
