@@ -1,5 +1,6 @@
 """A plain model whose drop paths drop given samples, to compare a converted one with: outputs and gradients."""
 
+import copy
 from collections import Counter
 from functools import partial
 from unittest import mock
@@ -109,7 +110,7 @@ def assert_same(found, expected, tolerance=1e-6):
 def provide(converted, kept):
     """Hand each gate the rows that it keeps. They may differ in number, which `use_gates` does not allow."""
     for gate, mask in zip(gates(converted), kept, strict=True):
-        gate.provided = mask.all() if gate.mode == "batch" else mask
+        gate.provided = mask.all() if mask is not None and gate.mode == "batch" else mask
 
 
 def assert_drops_as_plain(plain, converted, kept, *args, tolerance=1e-6, **kwargs):
@@ -120,3 +121,24 @@ def assert_drops_as_plain(plain, converted, kept, *args, tolerance=1e-6, **kwarg
     with mock.patch.object(DropPath, "forward", nn.Identity.forward):  # calls without a gate drop nothing
         found = results(converted, *args, **kwargs)
     assert_same(found, expected, tolerance)
+
+
+# How many of so many rows gates keep in turn, with survival probability p
+PATTERNS = dict(
+    row=(lambda size, p: size // 2 + 1, lambda size, p: min(size, 1), lambda size, p: 0),
+    count=(lambda size, p: max(int(p > 0), int(round(size * p, 5) + 0.5)),),
+    batch=(lambda size, p: 0, lambda size, p: size),
+)
+
+
+def check(plain, converted, *args, **kwargs):
+    """Compare a converted model with the plain one while each gate keeps some samples, one, none or all in turn."""
+    rows, generator = drop_path_calls(copy.deepcopy(plain), *args, **kwargs), torch.Generator().manual_seed(3)
+    for turn in range(max(len(PATTERNS[gate.mode]) for gate in gates(converted))):
+        kept = []
+        for index, (call, gate) in enumerate(gated_calls(converted).items()):
+            patterns = PATTERNS[gate.mode]
+            k = patterns[(index + turn) % len(patterns)](rows[call], gate.survival)
+            kept.append(torch.randperm(rows[call], generator=generator) < k)
+        assert_drops_as_plain(plain, converted, kept, *args, **kwargs)
+    provide(converted, [None] * len(kept))

@@ -141,10 +141,10 @@ class Comparison:
     def flops(self) -> Flops:
         """What the converted model computes if all of its gates are closed.
 
-        `shared` is exact if the backward pass of each operation is twice its forward pass, as in layers with trainable
-        parameters whose inputs get gradients.
+        `shared` is exact if the backward pass of each operation is twice its forward pass, as in linear layers with
+        trainable parameters whose inputs get gradients, and close to it in others.
         """
-        plain, cut, converted = copy.deepcopy((self.plain, self.plain, self.converted))
+        plain, cut, converted = map(copy.deepcopy, (self.plain, self.plain, self.converted))
         _force(plain, {}, self.is_drop_path)
         for module in filter(self.is_drop_path, cut.modules()):
             if probability(module):

@@ -35,9 +35,9 @@ MODELS = dict(
     eva="eva02_tiny_patch14_224",
     naflexvit="naflexvit_base_patch16_map",
     resnet="resnet18",
-    coatnet="test_coatnet",
+    coatnet="coatnet_nano_rw_224",
 )
-SIZES = (4, 3)  # of the batch of each process
+ARGUMENTS = timm_blocks.EXAMPLES | dict(coatnet_nano_rw_224=timm_blocks.MAXVIT)
 STEPS = ("second closed", "different", "same", "closed")  # the gates of the two processes; "closed" means all of them
 FSDP = {  # what is sharded on its own in each block, besides the whole model
     "fsdp root": lambda block: [],
@@ -83,9 +83,7 @@ SETUPS = [
 
 def plain_model(name):
     torch.manual_seed(0)
-    model = timm.create_model(
-        MODELS[name], **dict(timm_blocks.EXAMPLES[MODELS[name]], num_classes=4, drop_path_rate=0.5)
-    )
+    model = timm.create_model(MODELS[name], **dict(ARGUMENTS[MODELS[name]], num_classes=4, drop_path_rate=0.5))
     with torch.no_grad():
         for parameter in model.parameters():  # layer scales and last normalizations begin near zero
             parameter += 0.1 * torch.randn(parameter.shape)
@@ -98,7 +96,7 @@ def inputs(name, size, seed):
     """The model's arguments: images or, for NaFlexViT, patches, whose number depends on the seed."""
     generator = torch.Generator().manual_seed(seed)
     if name != "naflexvit":
-        side = timm_blocks.EXAMPLES[MODELS[name]].get("img_size", 64)
+        side = ARGUMENTS[MODELS[name]].get("img_size", 64)
         return (torch.randn(size, 3, side, side, generator=generator),)
     columns = 2 + seed % 3
     coordinates = torch.cartesian_prod(torch.arange(2), torch.arange(columns)).expand(size, -1, -1)
@@ -107,9 +105,13 @@ def inputs(name, size, seed):
     return torch.randn(size, 2 * columns, 768, generator=generator), coordinates, valid
 
 
+def batch_size(step, rank):
+    return 3 if rank == 1 and STEPS[step] != "same" else 4
+
+
 def backward(model, name, step, rank):
     """Compute the gradients of a process in a step; return outputs and loss. Everything is in float64."""
-    x, *others = inputs(name, SIZES[rank], 2 * step + rank)
+    x, *others = inputs(name, batch_size(step, rank), 2 * step + rank)
     output = model(x.double(), *others)
     loss = output.square().mean()
     loss.backward()
@@ -118,8 +120,8 @@ def backward(model, name, step, rank):
 
 def draw(survival, modes, step, rank):
     """The gates of a process in a step."""
-    state, size = STEPS[step], SIZES[rank]
-    if state == "closed" or state == "second closed":
+    state, size = STEPS[step], batch_size(step, rank)
+    if state in ("closed", "second closed"):
         return torch.full((len(modes), size), state == "second closed" and rank == 0)
     return draw_gates(survival, 0 if state == "same" else rank, step, size, modes)
 
@@ -156,7 +158,8 @@ def converted_model(name, mode):
 
 def train(setup, mesh):
     """The gates' probabilities and modes, the outputs and losses of all steps, and the last parameters and buffers."""
-    rank, model = dist.get_rank(), copy.deepcopy(converted_model(setup.model, setup.mode))
+    model = copy.deepcopy(converted_model(setup.model, setup.mode))
+    network, rank = model, dist.get_rank()
     if setup.checkpoint:
         model.set_grad_checkpointing()
     if setup.wrapper in DDP:
@@ -165,7 +168,7 @@ def train(setup, mesh):
         for block in getattr(model, "blocks", ()):
             for unit in FSDP[setup.wrapper](block):
                 fully_shard(unit, mesh=mesh)
-        network = fully_shard(model, mesh=mesh)
+        fully_shard(model, mesh=mesh)
     own, optimizer, outputs, losses = gates(network), sgd(network), [], []
     survival, modes = [gate.survival for gate in own], [gate.mode for gate in own]
     for step in range(len(STEPS)):
@@ -199,7 +202,7 @@ def train(setup, mesh):
 @cache
 def plainly_trained(name, mode, accumulate):
     """What `train` returns in each process, from the plain model."""
-    models = [plain_model(name).double() for _ in SIZES]
+    models = [plain_model(name).double() for _ in range(2)]
     optimizers = [sgd(model) for model in models]
     outputs, losses = [[], []], [[], []]
     for step in range(len(STEPS)):
@@ -224,10 +227,9 @@ def plainly_trained(name, mode, accumulate):
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
-    states = [
-        ({key: x.detach() for key, x in model.named_parameters()}, dict(model.named_buffers())) for model in models
-    ]
-    return [(survival, modes, outputs[rank], losses[rank], *states[rank]) for rank in (0, 1)]
+    parameters = [{key: x.detach() for key, x in model.named_parameters()} for model in models]
+    buffers = [dict(model.named_buffers()) for model in models]
+    return [(survival, modes, *of_rank) for of_rank in zip(outputs, losses, parameters, buffers, strict=True)]
 
 
 def branches_of(model, mode):

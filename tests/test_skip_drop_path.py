@@ -1,204 +1,138 @@
 """Converted timm models against timm's own DropPath with the same samples dropped."""
 
 import copy
-import pickle
+import random
 import re
 import warnings
-from itertools import count
+from collections import Counter
+from functools import cache
+from math import comb
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-import onnxruntime
 import pytest
 import timm
 import timm_blocks
 import torch
-import torch.distributed as dist
-from timm.layers import DropPath, LayerScale
-from timm.models.tiny_vit import TinyVitBlock
-from timm.optim import create_optimizer_v2
-from timm.utils import ModelEmaV3
-from torch import nn
-from torch.multiprocessing import start_processes
+from forced import assert_drops_as_plain, check, drop_path_calls, force, gated_calls
+from timm.layers import DropPath
+from timm.models.vision_transformer import Block
+from torch import fx, nn
+from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
-from timm_sd import draw_gates, gates, skip_drop_path, use_gates
+from timm_sd import draw_gates, gates, restore_drop_path, skip_drop_path, use_gates
 
 ROOT = Path(__file__).parents[1]
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
+MODES = "row", "count", "batch"
 
 
-class ForcedDropPath(nn.Module):
-    """timm's DropPath, except that `draw` chooses the samples: it multiplies its input by 0 or 1 / p.
-
-    It drops nothing in the calls whose numbers, from 0, are in `spared`.
-    """
-
-    def __init__(self, drop_path, masks, draw, spared):
-        super().__init__()
-        self.drop_path, self.masks, self.draw, self.spared, self.calls = drop_path, masks, draw, spared, count()
-
-    def forward(self, x):
-        if next(self.calls) in self.spared:
-            return x
-        keep = 1 - self.drop_path.drop_prob
-        mask, keep = self.draw(len(x), keep)
-        self.masks.append((self.drop_path, mask))
-        scale = 1 / keep if self.drop_path.scale_by_keep and keep else 1.0
-        return x * (scale * mask).to(x.dtype).view(-1, *[1] * (x.ndim - 1))
+def warned(model, *args, **kwargs):
+    """What a conversion warns of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert skip_drop_path(model, *args, **kwargs) is model
+    return [str(warning.message) for warning in caught]
 
 
-def drawing(mode, closed):
-    """A function of batch size and p that returns which samples are kept, and the p to scale by."""
-    generator = torch.Generator().manual_seed(3)
+# Every block of timm
 
-    def draw(batch_size, p):
-        if closed:
-            return torch.zeros(batch_size, dtype=torch.bool), p
-        if mode == "batch":
-            return (torch.rand(1, generator=generator) < 0.6).expand(batch_size), p
-        if mode == "row":
-            return torch.rand(batch_size, generator=generator) < 0.6, p
-        k = max(1, int(batch_size * p))
-        return torch.randperm(batch_size, generator=generator) < k, k / batch_size
-
-    return draw
-
-
-def tensors(value):
-    if isinstance(value, torch.Tensor):
-        return [value] if value.is_floating_point() else []
-    if isinstance(value, dict):
-        value = value.values()
-    return [t for item in value for t in tensors(item)] if hasattr(value, "__iter__") else []
-
-
-def doubled(value):
-    if isinstance(value, (tuple, list)):
-        return type(value)(map(doubled, value))
-    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-
-
-def results(block, args, kwargs):
-    """Outputs, and gradients of inputs and parameters for a loss that weights every output differently."""
-    leaves = []
-
-    def leaf(value):
-        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
-            return value
-        leaves.append(value.clone().requires_grad_())
-        return leaves[-1].clone()  # a block may change it in place
-
-    outputs = tensors(block(*map(leaf, args), **{key: leaf(value) for key, value in kwargs.items()}))
-    generator = torch.Generator().manual_seed(7)
-    sum((output * torch.randn(output.shape, generator=generator)).sum() for output in outputs).backward()
-    parameters = {name: parameter.grad for name, parameter in block.named_parameters()}
-    return outputs, [tensor.grad for tensor in leaves], parameters
-
-
-def assert_close(found, expected):
-    if expected is None:
-        assert found is None or not found.any()
-        return
-    found = torch.zeros_like(expected) if found is None else found
-    atol = 1e-6 * max(1.0, expected.abs().max().item())  # some blocks compute parts in float32
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=atol)
-
-
-def randomized(block):
-    """Change the initial parameters, since layer scales and last normalizations often start at zero."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in block.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    return block
-
-
-# Classes with a DropPath that is not skipped, and why, as in docs/any-timm-model.md.
+# Classes with a call of a DropPath that is not skipped, or not all of it: how many calls have a gate, and the reason
 LEFT = {
-    "coat.ParallelBlock": "its branch is used elsewhere",
-    "edgenext.SplitTransposeBlock": "within the branch of another DropPath",
-    "efficientvim.EfficientViMBlock": "its branch is used elsewhere",
-    "mvitv2.MultiScaleBlock": "its branch is used elsewhere",
-    "nextvit.NextTransformerBlock": "does not go straight into a sum",
-    "rdnet.DenseBlock": "cannot be traced",
-    "resnest.ResNestBottleneck": "does not go straight into a sum|used more than once",
-    "rexnet.LinearBottleneck": "used more than once",
-    "vision_transformer.ParallelThingsBlock": "inside a Sequential",
-    "vision_transformer_sam.Block": "used more than once",
+    "coat.ParallelBlock": (3, 6, "nothing is computed for it alone"),
+    "efficientvim.EfficientViMBlock": (3, 4, "nothing is computed for it alone"),
+    "resnest.ResNestBottleneck": (0, 1, "ResNestBottleneck"),
+    "vision_transformer_sam.Block": (2, 2, "only part of its branch: not norm1"),
 }
-# Which calls of a DropPath are not skipped, where others are
-SPARED = {"coat.ParallelBlock": (0, 1, 2), "edgenext.SplitTransposeBlock": (0,), "efficientvim.EfficientViMBlock": (1,)}
-SKIPPED, WARNED = set(), set()
+
+
+class Calls(nn.Module):
+    """A model that calls its only block with the arguments that it gets."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, args, kwargs):
+        return self.block(*args, **kwargs)
+
+
+class Conversion(NamedTuple):
+    """A block in float64, converted by default and, if that has gates for the mini-batch, with gates for samples."""
+
+    name: str
+    plain: nn.Module
+    auto: nn.Module
+    by_row: nn.Module
+    arguments: tuple
+    messages: list[str]
+
+    @property
+    def calls(self):
+        """The number of rows in each call of a drop path."""
+        return drop_path_calls(copy.deepcopy(self.plain), *self.arguments)
 
 
 def name_of(cls):
     return f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}"
 
 
+def doubled(value):
+    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+@cache
+@timm_blocks.one_thread()
+def conversions(name):
+    """Each kind of call of a block in a model."""
+    found = []
+    for block, args, kwargs in timm_blocks.block_calls(name):
+        plain, arguments = Calls(copy.deepcopy(block)).double().train(), tree_map(doubled, (args, kwargs))
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():  # layer scales and last normalizations often start at zero
+            for parameter in plain.parameters():
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+        auto = copy.deepcopy(plain)
+        messages = [message for message in warned(auto, example=arguments) if "computed in full" in message]
+        by_row = auto
+        if any(gate.mode == "batch" for gate in gates(auto)):
+            by_row = copy.deepcopy(plain)
+            warned(by_row, "row", arguments, allow_batch_norm=True)
+        found.append(Conversion(name_of(type(block)), plain, auto, by_row, arguments, messages))
+    return found
+
+
 @pytest.mark.parametrize("name", timm_blocks.EXAMPLES)
 @timm_blocks.one_thread()
 def test_blocks_compute_what_timms_do(name):
-    """Outputs and gradients of every kind of block, in every mode, with some or all gates closed."""
-    for block, args, kwargs in timm_blocks.block_calls(name):
-        cls = name_of(type(block))
-        randomized(block).double()
-        args, kwargs = doubled(args), {key: doubled(value) for key, value in kwargs.items()}
-        for mode, closed in (("row", False), ("row", True), ("count", False), ("batch", False), ("batch", True)):
-            original, skipping = copy.deepcopy(block).train(), nn.Sequential(copy.deepcopy(block)).train()
-            with warnings.catch_warnings(record=True) as warned:
-                warnings.simplefilter("always")
-                skip_drop_path(skipping, mode, allow_batch_norm=True)
-            reasons = [str(warning.message) for warning in warned]
-            assert all(re.search(LEFT.get(cls, "nothing"), reason) for reason in reasons), (cls, reasons)
-            if reasons:
-                WARNED.add(cls)
-            if mode != "batch":
-                for module in (*original.modules(), *skipping.modules()):
-                    if isinstance(module, BATCH_NORM):
-                        module.eval()
-            own = gates(skipping)
-            skipped = {id(gate.drop_path) for gate in own}
-            masks, draw = [], drawing(mode, closed)
-            for path, module in list(original.named_modules()):
-                if isinstance(module, DropPath):
-                    ours = skipping[0].get_submodule(path)
-                    ours.forward = nn.Identity().forward  # calls that are not skipped drop nothing
-                    if id(ours) in skipped:
-                        original.set_submodule(path, ForcedDropPath(module, masks, draw, SPARED.get(cls, ())))
-                    else:
-                        module.forward = nn.Identity().forward
-            expected = results(original, args, kwargs)
-            assert len(masks) == len(own)
-            for gate, (_, mask) in zip(own, masks, strict=True):
-                gate.provided = mask[0] if mode == "batch" else mask
-            with warnings.catch_warnings():
-                warnings.simplefilter("error")
-                found = results(skipping[0], args, kwargs)
-            for ours, theirs in zip((*found[0], *found[1]), (*expected[0], *expected[1]), strict=True):
-                assert_close(ours, theirs)
-            for key, gradient in expected[2].items():
-                assert_close(found[2][key], gradient)
-                assert (found[2][key] is None) <= (gradient is None), f"{key} has no gradient"
-            for (key, ours), theirs in zip(
-                skipping[0].state_dict().items(), original.state_dict().values(), strict=True
-            ):
-                # A skipped BatchNorm does not update its statistics; timm's does.
-                if "running" not in key and "tracked" not in key:
-                    assert torch.equal(ours, theirs), key
-        if own:
-            SKIPPED.add(cls)
+    """Outputs and gradients of every kind of block, in every mode."""
+    for block in conversions(name):
+        calls = len(block.calls)
+        number, total, reason = LEFT[block.name] if block.messages else (calls, calls, "")
+        assert (len(gates(block.auto)), len(gates(block.by_row)), calls) == (number, number, total), block.name
+        assert all(reason in message for message in block.messages)
+        for converted, mode in ((block.by_row, "row"), (block.by_row, "count"), (block.auto, "batch")):
+            plain, converted = copy.deepcopy(block.plain), copy.deepcopy(converted)
+            for gate in gates(converted):
+                gate.mode = mode
+            for module in (*plain.modules(), *converted.modules()):
+                if isinstance(module, BATCH_NORM) and mode != "batch":
+                    module.eval()  # in training, it would see other samples
+            if number:
+                check(plain, converted, *block.arguments)
 
 
 def test_every_block_class_of_timm_is_covered():
-    """By the tests above, which must run first."""
     classes = {name_of(cls) for cls in timm_blocks.all_block_classes() if cls.__name__ not in timm_blocks.NOT_BLOCKS}
-    assert classes <= SKIPPED | WARNED, classes - SKIPPED - WARNED
-    assert set(LEFT) == WARNED
-    assert len(SKIPPED - WARNED) >= 98
+    blocks = [block for name in timm_blocks.EXAMPLES for block in conversions(name)]
+    tried, left = {block.name for block in blocks}, {block.name for block in blocks if block.messages}
+    assert classes <= tried, classes - tried
+    assert left == set(LEFT)
     page = (ROOT / "docs" / "any-timm-model.md").read_text()
-    assert f"{len(SKIPPED - WARNED)} of the {len(SKIPPED | WARNED)} block classes" in page
-    assert all(f"`{cls}`" in page for cls in LEFT)
+    assert f"{len(tried - left)} of the {len(tried)} block classes" in page
+    assert all(f"`{name}`" in page for name in LEFT)
 
 
 # A model of each family in README.md's table
@@ -218,6 +152,7 @@ FAMILIES = {
     "ConvNeXt": "convnext_atto",
     "MetaFormer": "caformer_s18",
     "MLP-Mixer": "mixer_s32_224",
+    "MViT v2": "mvitv2_tiny",
     "ResNet": "resnet18",
     "ResNetV2": "resnetv2_18",
     "RegNet": "regnetx_002",
@@ -229,64 +164,77 @@ FAMILIES = {
     "MaxViT": "test_maxvit",
     "CoAtNet": "test_coatnet",
     "TinyViT": "tiny_vit_5m_224",
-    "CoaT": "coat_tiny",
     "EdgeNeXt": "edgenext_xx_small",
-    "MViT v2": "mvitv2_tiny",
-    "SAM": "samvit_base_patch16",
-    "EfficientViM": "efficientvim_m1",
     "NextViT": "nextvit_small",
     "RDNet": "rdnet_tiny",
-    "ResNeSt": "resnest14d",
     "ReXNet": "rexnet_100",
-    "ViTs made of `ParallelThingsBlock`": "vit_small_patch16_18x2_224",
+    "CoaT": "coat_tiny",
+    "SAM": "samvit_base_patch16",
+    "EfficientViM": "efficientvim_m1",
+    "ResNeSt": "resnest14d",
 }
 
 
-def modes_of(name):
-    """What README.md says of a model."""
+def coverage(name):
+    """What README.md says of a model: "whole", "in part" or "not yet", and its modes."""
     with torch.device("meta"):
-        model = timm.create_model(name, **{"drop_path_rate": 0.5, **timm_blocks.EXAMPLES.get(name, {})})
-    with warnings.catch_warnings(record=True) as warned:
-        warnings.simplefilter("always")
-        try:
-            skip_drop_path(model)
-            modes = '`"row"`, `"count"`, `"batch"`'
-        except ValueError:  # a BatchNorm in a branch
-            skip_drop_path(model, "batch")
-            modes = '`"batch"`'
-    if not gates(model):
-        return "not yet: a warning says so"
-    return f"in part: {modes}" if warned else modes
+        model = timm.create_model(name, **{"drop_path_rate": 0.5, **copy.deepcopy(timm_blocks.EXAMPLES.get(name, {}))})
+    classes = {
+        name_of(type(block))
+        for block in model.modules()
+        if any(drop_path.drop_prob for drop_path in timm_blocks.drop_paths(block)) and timm_blocks.has_sum(block)
+    }
+    assert classes
+    blocks = [block for example in timm_blocks.EXAMPLES for block in conversions(example) if block.name in classes]
+    assert {block.name for block in blocks} == classes
+    own = [gate for block in blocks for gate in gates(block.auto)]
+    modes = {"batch"} if any(gate.mode == "batch" for gate in own) else set(MODES)
+    if not own:
+        return "not yet", set()
+    return "in part" if any(block.messages for block in blocks) else "whole", modes
 
 
 def test_readme_says_what_is_covered():
     (table,) = re.findall(r"\| models \| modes.*\n.*\n((?:\|.*\n)+)", (ROOT / "README.md").read_text())
     listed = {}
-    for names, modes in re.findall(r"\| (.*?)(?:, \.\.\.)?(?: \(.*\))? \| (.*) \|", table):
-        listed |= dict.fromkeys(names.split(", "), modes)
-    assert listed == {family: modes_of(name) for family, name in FAMILIES.items()}
+    for names, cell in re.findall(r"\| (.*?)(?:, \.\.\.)?(?: \(.*\))? \| (.*) \|", table):
+        state = next((state for state in ("in part", "not yet") if state in cell), "whole")
+        listed |= dict.fromkeys(names.split(", "), (state, set(re.findall('"(row|count|batch)"', cell))))
+    assert listed == {family: coverage(name) for family, name in FAMILIES.items()}
 
 
-# FLOPs
+# What is computed
 
 
 def small(name, **kwargs):
     torch.manual_seed(0)
-    return timm.create_model(name, **dict(timm_blocks.EXAMPLES[name], drop_path_rate=0.5, num_classes=4, **kwargs))
+    arguments = copy.deepcopy(timm_blocks.EXAMPLES.get(name, {})) | dict(drop_path_rate=0.5, num_classes=4) | kwargs
+    return timm.create_model(name, **arguments).train()
 
 
 def images(name, batch_size=6):
-    size = timm_blocks.EXAMPLES[name].get("img_size", 64)
+    size = timm_blocks.EXAMPLES.get(name, {}).get("img_size", 64)
     return torch.randn(batch_size, 3, size, size, generator=torch.Generator().manual_seed(2))
 
 
-# For each model, the modules of a branch that take FLOPs, by the name of the DropPath.
+def drawn(model, batch_size, step=0):
+    """Gates for `use_gates`."""
+    own = gates(model)
+    return draw_gates([gate.survival for gate in own], 4, step, batch_size, [gate.mode for gate in own])
+
+
+# For each model, the modules of a branch that take FLOPs, by the name of the DropPath
 BRANCHES = {
     "test_vit": dict(drop_path1=["attn"], drop_path2=["mlp"]),
     "swin_tiny_patch4_window7_224": dict(drop_path1=["attn"], drop_path2=["mlp"]),
     "convnext_atto": dict(drop_path=["conv_dw", "mlp"]),
     "resnet50": dict(drop_path=["conv1", "conv2", "conv3"]),
+    "tinynet_e": dict(drop_path=["conv_pw", "conv_dw", "se", "conv_pwl"]),  # a small EfficientNet
 }
+
+
+# Branches whose code does not run without samples. It gets one that does not count.
+NEVER_EMPTY = {("swin_tiny_patch4_window7_224", "drop_path1")}
 
 
 def flops(model, x):
@@ -296,51 +244,81 @@ def flops(model, x):
     return counter.get_total_flops(), counts
 
 
-@pytest.mark.parametrize("mode", ["row", "count", "batch"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", BRANCHES)
 def test_flops_are_those_of_the_kept_samples(name, mode):
-    model = small(name).train()
-    x = images(name)
+    """In mode "batch", a ResNet's or EfficientNet's dropped branch takes none at all."""
+    model, x = small(name), images(name)
     total, by_module = flops(model, x)
-    skip_drop_path(model, mode, allow_batch_norm=True)
-    own = gates(model)
-    batch_size = None if mode == "batch" else len(x)
-    values = draw_gates([gate.survival for gate in own], 4, 0, batch_size, mode)
-    with use_gates(model, values):
-        model(x)  # the first pass finds out which inputs have one row per sample
+    skip_drop_path(model, mode, strict=True, allow_batch_norm=True)
     paths = {module: path for path, module in model.named_modules()}
-    expected = total
-    assert own
-    for gate, value in zip(own, values, strict=True):
+    values, expected = drawn(model, len(x)), total
+    for gate, value in zip(gates(model), values, strict=True):
         block, _, drop_path = paths[gate.drop_path].rpartition(".")
-        branch = sum(by_module[f"{block}.{module}"] for module in BRANCHES[name][drop_path])
-        dropped = 1 - value.double().mean().item()
-        expected -= branch * dropped
-    assert expected < total
+        branch = sum(by_module.get(f"{block}.{module}", 0) for module in BRANCHES[name][drop_path])
+        kept = int(value.sum())
+        computed = 2 if kept == 1 else kept  # one that does not count keeps a single row from being broadcast
+        if kept == 0 and (name, drop_path) in NEVER_EMPTY:
+            computed = 1
+        expected -= branch * (1 - computed / len(x))
+    assert 0 < expected < total
     with use_gates(model, values):
         assert flops(model, x)[0] == round(expected)
+
+
+@pytest.mark.parametrize("name", ["resnet50", "tinynet_e"])
+def test_batch_norms_in_a_dropped_branch_keep_their_statistics(name):
+    """All others compute what they do in the plain model."""
+    plain, x = small(name), images(name)
+    model, before = skip_drop_path(copy.deepcopy(plain), "batch", strict=True), copy.deepcopy(plain)
+    values = (torch.arange(len(gates(model))) % 2 == 0).unsqueeze(1).expand(-1, len(x))
+    force(plain, model, values)
+    plain(x)
+    with use_gates(model, values):
+        model(x)
+    names = {module: name for name, module in model.named_modules()}
+    closed = [names[gate.drop_path].rpartition(".")[0] for gate in gates(model)[1::2]]
+    dropped = set()
+    for norm, module in model.named_modules():
+        if isinstance(module, BATCH_NORM):
+            if any(norm.startswith(f"{block}.") for block in closed) and "downsample" not in norm:
+                dropped.add(norm)
+            expected = (before if norm in dropped else plain).get_submodule(norm).state_dict()
+            torch.testing.assert_close(dict(module.state_dict()), dict(expected))
+    assert len(dropped) >= 3 * len(closed) - 1
+
+
+def test_no_sample_is_computed_twice_or_in_vain():
+    """The rows that reach each module of a branch, in mode "row"."""
+    block = skip_drop_path(Block(8, 2, drop_path=0.5).train(), "row", strict=True)
+    rows = []
+    for module in block.norm1, block.attn, block.norm2, block.mlp:
+        module.register_forward_hook(lambda _, args, output: rows.append((len(args[0]), len(output))))
+    for kept, computed in ((0, 0), (1, 2), (2, 2), (3, 3), (5, 5), (6, 6)):
+        rows.clear()
+        with use_gates(block, torch.stack([torch.arange(6) < kept] * 2)):
+            block(torch.randn(6, 3, 8))
+        assert rows == [(computed, computed)] * 4
 
 
 # Probabilities, gates and modes
 
 
-def test_gates_are_listed_in_order_of_execution():
-    for name in ("test_vit", "swin_tiny_patch4_window7_224", "cait_xxs24_224", "edgenext_xx_small", "test_maxvit"):
-        model = small(name).train()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            skip_drop_path(model, "row", allow_batch_norm=True)
-        called = []
-        for gate in gates(model):
-            gate.register_forward_pre_hook(lambda gate, args, called=called: called.append(gate))
-        model(images(name))
-        assert called == gates(model), name
+@pytest.mark.parametrize("name", ["test_vit", "swin_tiny_patch4_window7_224", "cait_xxs24_224", "resnet50", "coat_tiny"])
+def test_gates_are_listed_in_order_of_execution(name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = skip_drop_path(small(name))
+    calls = list(drop_path_calls(restore_drop_path(copy.deepcopy(model)), images(name)))
+    assert gates(model)
+    assert list(gated_calls(model)) == [call for call in calls if call in gated_calls(model)]
 
 
 def test_probabilities_are_read_at_every_step():
-    model = skip_drop_path(small("test_vit").train(), "row")
+    model = skip_drop_path(small("test_vit"), "row")
     (first, *_), drop_path = gates(model), model.blocks[1].drop_path1
-    assert [gate.survival for gate in gates(model)] == [0.5, 0.5]
+    assert [gate.survival for gate in gates(model)] == [0.5, 0.5]  # the first block has no drop paths
+    assert first.drop_path is drop_path
     drop_path.drop_prob = 0.25
     assert first.survival == 0.75
     first.survival = 0.9
@@ -352,696 +330,392 @@ def test_probabilities_are_read_at_every_step():
     assert torch.equal(torch.get_rng_state(), before), "gates that cannot close were drawn"
 
 
-@pytest.mark.parametrize("mode", ["row", "count", "batch"])
-def test_samples_are_dropped_as_often_as_drop_path_does(mode):
-    block = skip_drop_path(small("test_vit").train(), mode).blocks[1]
-    (gate, _) = block.drop_path_gates
-    rows, steps, size = [], 400, 5
-    block.attn.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+def changed(block, batch_size, steps):
+    """Which samples of the mini-batch a block changes, in each step."""
     torch.manual_seed(0)
+    x = torch.randn(batch_size, 3, 8)
     with torch.no_grad():
-        for _ in range(steps):
-            block(torch.randn(size, 4, 32))
-    share = sum(rows) / steps / size
-    expected = int(size * gate.survival) / size if mode == "count" else gate.survival
-    deviation = (0.25 / (steps if mode == "batch" else steps * size)) ** 0.5
-    assert share == pytest.approx(expected, abs=0 if mode == "count" else 4 * deviation)
-    assert len(set(rows)) == dict(row=size, count=1, batch=1)[mode]
+        return torch.stack([(block(x) != x).flatten(1).any(1) for _ in range(steps)])
 
 
-def test_scale_by_keep_is_followed():
-    model = skip_drop_path(small("test_vit").train(), "row")
-    block, x = model.blocks[1], torch.randn(4, 4, 32)
-    outputs = []
-    for scale_by_keep in (True, False):
-        block.drop_path1.scale_by_keep = scale_by_keep
-        block.drop_path2.drop_prob = 1.0  # it keeps nothing
-        with use_gates(block, torch.tensor([[True] * 4, [False] * 4])):
-            outputs.append(block(x) - x)
-    torch.testing.assert_close(outputs[0], 2 * outputs[1])
+def with_one_branch(mode, rate=0.5):
+    """A block of which only the first branch changes anything, and drops at this rate."""
+    torch.manual_seed(0)
+    block = skip_drop_path(Block(8, 2, drop_path=rate).train(), mode, strict=True)
+    block.drop_path2.drop_prob = 0.0
+    nn.init.zeros_(block.mlp.fc2.weight)
+    nn.init.zeros_(block.mlp.fc2.bias)
+    return block
 
 
-def test_a_drop_path_in_evaluation_mode_drops_nothing():
-    model = skip_drop_path(small("test_vit").train(), "batch")
-    for gate in gates(model):
+@pytest.mark.parametrize("p", [0.5, 0.8])
+@pytest.mark.parametrize("mode", MODES)
+def test_samples_are_dropped_as_often_as_drop_path_does(mode, p):
+    """Each sample with probability 1 - p, and in the mode's own distribution of how many are."""
+    steps, size = 600, 4
+    kept = changed(with_one_branch(mode, 1 - p), size, steps)
+    expected = dict(
+        row=[comb(size, k) * p**k * (1 - p) ** (size - k) for k in range(size + 1)],
+        count=[float(k == int(size * p + 0.5)) for k in range(size + 1)],
+        batch=[1 - p, *[0] * (size - 1), p],
+    )[mode]
+    mean = sum(k * q for k, q in enumerate(expected)) / size
+    assert kept.double().mean(0).tolist() == pytest.approx([mean] * size, abs=4 * (0.25 / steps) ** 0.5)
+    frequencies = kept.sum(1).bincount(minlength=size + 1) / steps
+    for k, q in enumerate(expected):
+        assert frequencies[k] == pytest.approx(q, abs=4 * (q * (1 - q) / steps) ** 0.5)
+
+
+def test_count_keeps_the_nearest_number_of_samples():
+    """At least one, unless the probability is 0."""
+    block = with_one_branch("count")
+    for size, rate, kept in (
+        *((8, 0.1, 7), (5, 0.1, 5), (4, 0.125, 4), (15, 0.1, 14), (10, 0.95, 1), (3, 0.9, 1), (7, 0.5, 4), (6, 0.25, 5)),
+        *((1, 0.5, 1), (1, 0.9, 1), (2, 0.5, 1), (8, 1.0, 0), (1, 1.0, 0), (8, 0.0, 8)),
+    ):
+        block.drop_path1.drop_prob = rate
+        assert set(changed(block, size, 5).sum(1).tolist()) == {kept}, (size, rate)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_drop_probability_of_one_drops_everything(mode):
+    block = skip_drop_path(Block(8, 2, drop_path=0.5).train(), mode)
+    block.drop_path1.drop_prob = block.drop_path2.drop_prob = 1.0
+    x = torch.randn(5, 3, 8, requires_grad=True)
+    y = block(x)
+    assert torch.equal(y, x)
+    y.sum().backward()
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in block.parameters())
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("drop_prob", [1.5, -0.5, float("nan")])
+def test_an_impossible_probability_is_an_error_as_in_timm(mode, drop_prob):
+    plain = Block(8, 2, drop_path=0.5).train()
+    for block in plain, skip_drop_path(copy.deepcopy(plain), mode):
+        block.drop_path1.drop_prob = drop_prob
+        with pytest.raises(RuntimeError):
+            block(torch.randn(5, 3, 8))
+        block.drop_path1.drop_prob = 0.5
+        block(torch.randn(5, 3, 8))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_scale_by_keep_is_followed(mode):
+    plain = Block(8, 2, drop_path=0.5).double().train()
+    plain.drop_path1.scale_by_keep = False
+    block = skip_drop_path(copy.deepcopy(plain), mode, strict=True)
+    kept = torch.tensor([True, mode == "batch"] * 2)
+    for _ in range(2):
+        assert_drops_as_plain(plain, block, [kept, kept], torch.randn(4, 3, 8).double())
+        for each in plain, block:
+            each.drop_path1.scale_by_keep, each.drop_path2.scale_by_keep = True, False
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_drop_path_in_evaluation_mode_drops_nothing(mode):
+    model, x = skip_drop_path(small("test_vit"), mode), images("test_vit")
+    expected = model.eval()(x)
+    for gate in gates(model.train()):
         gate.drop_path.eval()
-    x = images("test_vit")
-    torch.testing.assert_close(model(x), model.eval()(x))
+    torch.testing.assert_close(model(x), expected)
+    with use_gates(model, drawn(model, len(x))):
+        torch.testing.assert_close(model(x), expected)
 
 
 def test_inference_is_the_same_to_the_bit():
     for name in BRANCHES:
-        model = small(name).eval()
-        x = images(name)
+        plain, x = small(name).eval(), images(name)
+        model = skip_drop_path(copy.deepcopy(plain))
         with torch.inference_mode():
-            expected = model(x)
-            assert torch.equal(skip_drop_path(model, "batch")(x), expected)
+            assert torch.equal(model(x), plain(x))
 
 
-# What is refused or left unchanged
+@pytest.mark.parametrize("mode", MODES)
+def test_an_empty_batch_and_a_single_sample(mode):
+    block = skip_drop_path(Block(8, 2, drop_path=0.5).train(), mode)
+    x = torch.randn(0, 3, 8, requires_grad=True)
+    block(x).sum().backward()
+    assert x.grad.shape == (0, 3, 8)
+    plain = restore_drop_path(copy.deepcopy(block)).double()
+    block.double()
+    for kept in ([True], [False]):
+        if mode != "count" or kept[0]:
+            assert_drops_as_plain(plain, block, [torch.tensor(kept)] * 2, torch.randn(1, 3, 8).double())
+
+
+# What is refused, left or said
 
 
 def test_batch_norm_is_refused_where_it_would_see_fewer_samples():
     model = small("resnet50")
+    printed = repr(model)
     for mode in ("row", "count"):
-        with pytest.raises(ValueError, match=r'layer\d.\d has a BatchNorm2d in its branch.*use mode="batch"'):
+        with pytest.raises(ValueError, match=r'layer\d.\d has a BatchNorm2d in its branch.*mode="batch"'):
             skip_drop_path(model, mode)
-        assert not gates(model), "the model was changed all the same"
-    assert gates(skip_drop_path(model, "row", allow_batch_norm=True))
+        assert repr(model) == printed, "the model was changed all the same"
+    for mode in ("row", "count"):
+        skip_drop_path(model, mode, allow_batch_norm=True)
+        assert {gate.mode for gate in gates(model)} == {mode}
+    assert {gate.mode for gate in gates(skip_drop_path(model, allow_batch_norm=True))} == {"row"}
+
+
+@pytest.mark.parametrize(("name", "modes", "message"), [
+    ("resnet50", {"batch"}, "all 4 calls"),
+    ("test_coatnet", {"row", "batch"}, r"\d+ of \d+ calls"),
+    ("test_vit", {"row"}, None),
+])
+def test_auto_says_how_many_calls_have_a_gate_for_the_mini_batch(name, modes, message):
+    model = small(name)
+    messages = warned(model)
+    assert {gate.mode for gate in gates(model)} == modes
+    assert len(messages) == (message is not None)
+    assert all(re.match(f"{message} .*one gate for the mini-batch", said) and "\n" not in said for said in messages)
+    for mode in {"batch"} | modes - {"batch"}:
+        assert not warned(small(name), mode, strict=True, allow_batch_norm=True)
+
+
+def test_auto_gives_a_gate_for_the_mini_batch_where_there_is_a_batch_norm():
+    model = small("test_coatnet")
+    warned(model)
+    names = {module: name for name, module in model.named_modules()}
+    for gate in gates(model):
+        block, _, drop_path = names[gate.drop_path].rpartition(".")
+        of_branch = type(model.get_submodule(block)).__name__ == "MbConvBlock"
+        assert gate.mode == ("batch" if of_branch else "row"), names[gate.drop_path]
+    x = images("test_coatnet")
+    with use_gates(model, drawn(model, len(x))):
+        model(x).sum().backward()
 
 
 def test_unknown_mode():
-    with pytest.raises(ValueError, match="mode='pixel', but it must be one of 'batch', 'row', 'count'"):
+    with pytest.raises(ValueError, match="mode='pixel', but it must be one of 'auto', 'batch', 'row', 'count'"):
         skip_drop_path(small("test_vit"), "pixel")
 
 
 def test_strict():
-    model = small("vit_small_patch16_18x2_224")
-    with pytest.raises(ValueError, match=r"ParallelThingsBlock.*inside a Sequential.*\(blocks\.1\)"):
+    model = small("samvit_base_patch16")
+    printed = repr(model)
+    with pytest.raises(ValueError, match=r"drop_path1 of Block.*blocks\.1") as error:
         skip_drop_path(model, strict=True)
-    with pytest.warns(UserWarning, match="computed in full") as warned:
-        assert skip_drop_path(model) is model
-    assert len(warned) == 1
+    assert "\n" not in str(error.value)
+    assert repr(model) == printed
     assert not gates(model)
+    (message,) = warned(model)
+    assert message == str(error.value)
+    assert gates(model)
 
 
-def test_a_model_without_drop_path_is_left_alone():
-    model = timm.create_model("test_vit")
-    state = repr(model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert repr(skip_drop_path(model, strict=True)) == state
+class BatchDropPath(nn.Module):
+    """Drops all samples or none, so it is no drop path."""
 
-
-def test_converting_again_changes_the_mode():
-    model = skip_drop_path(skip_drop_path(small("test_vit"), "row"), "batch")
-    assert [gate.mode for gate in gates(model)] == ["batch", "batch"]
-    model.train()(images("test_vit")).sum().backward()
-
-
-class Chooses(nn.Module):
-    """A block whose forward method depends on its arguments and attributes."""
-
-    def __init__(self):
+    def __init__(self, p):
         super().__init__()
-        self.linear, self.drop_path, self.twice = nn.Linear(4, 4), DropPath(0.5), False
-
-    def forward(self, x, mask=None, scale: float = 1.0):
-        branch = self.linear(x) * scale
-        if mask is not None:
-            branch = branch * mask
-        if self.twice:
-            branch = branch + branch
-        return x + self.drop_path(branch)
-
-
-def test_the_real_call_is_followed():
-    """With numbers, attributes that change later, and masks with and without one row per sample."""
-    block = skip_drop_path(nn.Sequential(Chooses()))[0].train()
-    x = torch.randn(4, 4)
-    gate = torch.tensor([[True, False, True, True]])
-    masks = torch.rand(4, 1), torch.rand(4, 4), torch.rand(1, 4), torch.rand(4)
-    for twice in (False, True, False):
-        block.twice = twice
-        for mask in (None, *masks):
-            for scale in (1.0, 3.0):
-                with use_gates(block, gate):
-                    found = block(x, mask, scale=scale)
-                branch = block.linear(x) * scale * (1 if mask is None else mask) * (1 + twice)
-                torch.testing.assert_close(found, x + 2 * gate.T * branch)
-
-
-def test_conditions_on_the_image_size_are_followed():
-    """TinyViT pads an image to whole windows, and takes one of the size of a window as it is."""
-    block = randomized(TinyVitBlock(8, num_heads=2, window_size=4, drop_path=0.5)).double()
-    converted = skip_drop_path(nn.Sequential(copy.deepcopy(block)), strict=True)
-    kept = torch.tensor([[True, False, True], [False, True, True]])
-    for drop_path, mask in zip((block.drop_path1, block.drop_path2), kept, strict=True):
-        drop_path.forward = lambda x, mask=mask: x * 2 * mask.view(-1, *[1] * (x.ndim - 1))
-    for size in ((4, 4), (8, 12), (6, 8), (8, 6), (12, 8), (4, 4)):
-        x = torch.randn(3, *size, 8, dtype=torch.float64)
-        with use_gates(converted, kept):
-            torch.testing.assert_close(converted(x), block(x))
-
-
-class Checks(nn.Module):
-    """A block that refuses inputs of some shapes."""
-
-    def __init__(self):
-        super().__init__()
-        self.linear, self.drop_path = nn.Linear(4, 4), DropPath(0.5)
+        self.drop_prob = p
 
     def forward(self, x):
-        expected = False
-        if x.ndim == 3:
-            expected = True
-        branch = self.linear(x)
-        if x.shape[1] > 2:
-            branch = 2 * branch
-        assert expected, "not three dimensions"
-        assert x.shape[1] < 5, "too long"
-        return x + self.drop_path(branch)
+        return x * (torch.rand(()) > self.drop_prob) if self.training else x
 
 
-def test_assertions_on_shapes_are_assumed_to_pass():
-    """At conversion, when there are no shapes. Later they are the block's own."""
-    block = skip_drop_path(nn.Sequential(Checks()), strict=True)[0]
-    kept = torch.tensor([[True, False, True]])
-    for length, factor in ((2, 1), (3, 2), (4, 2)):
-        x = torch.randn(3, length, 4)
-        for each in (block, copy.deepcopy(block)):
-            with use_gates(each, kept):
-                torch.testing.assert_close(each(x), x + 2 * factor * kept.T.unsqueeze(2) * block.linear(x))
-    for shape, message in (((3, 4), "not three"), ((3, 5, 4), "too long")):
-        with pytest.warns(UserWarning, match=message), pytest.raises(AssertionError, match=message):
-            block(torch.randn(shape))
+class Residual(nn.Module):
+    """The smallest block: a branch of one layer."""
 
-
-class SeveralWays(nn.Module):
-    """A block that goes a way of its own for each length of `way`."""
-
-    def __init__(self):
+    def __init__(self, drop_path=None, width=4):
         super().__init__()
-        self.linear, self.norm, self.drop_path = nn.Linear(4, 4), nn.BatchNorm1d(4), DropPath(0.5)
-
-    def forward(self, x, mask, way):
-        branch = self.linear(x)
-        if way.shape[0] == 1:
-            branch = branch * mask
-        if way.shape[0] == 2:
-            branch = branch * mask.unsqueeze(1)
-        if way.shape[0] == 3:
-            return x
-        if way.shape[0] == 4:
-            branch = branch * float(branch.detach().sum())
-        if way.shape[0] == 5:
-            branch = self.norm(branch)
-        return x + self.drop_path(branch)
-
-
-def test_each_way_through_a_block_is_planned_on_its_own():
-    block = skip_drop_path(nn.Sequential(SeveralWays()), strict=True)[0]
-    x, mask, kept = torch.randn(4, 4), torch.rand(4), torch.tensor([[True, False, False, False]])
-    for way, reason in ((4, "cannot be traced"), (5, "BatchNorm in its branch")):
-        with pytest.warns(UserWarning, match=f"SeveralWays computes what its DropPath drops: .*{reason}"):
-            block(x, mask, torch.zeros(way))
-    factors = {0: 1, 1: mask, 2: mask.unsqueeze(1), 3: 0, 6: 1}
-    for way, factor in [*factors.items()] * 2:
-        with use_gates(block, kept), warnings.catch_warnings():
-            warnings.simplefilter("error")
-            found = block(x, mask, torch.zeros(way))
-        torch.testing.assert_close(found, x + 2 * kept.T * block.linear(x) * factor)
-
-
-class Variants(nn.Module):
-    """Forward methods whose graph depends on the block's attributes, or whose DropPath cannot be skipped."""
-
-    def __init__(self, way, inner=None):
-        super().__init__()
-        self.linear, self.inner, self.drop_path, self.way = nn.Linear(4, 4), inner or nn.Identity(), DropPath(0.5), way
+        self.linear, self.drop_path = nn.Linear(width, width), drop_path or DropPath(0.5)
 
     def forward(self, x):
-        return getattr(self, self.way)(x)
-
-    def attribute(self, x):  # ParallelScalingBlock reads its dropout's p like this
-        return x + self.drop_path(self.linear(x) * self.inner.p)
-
-    def children_in_a_loop(self, x):
-        branch = x
-        for _, child in self.inner.named_children():
-            branch = child(branch)
-        return x + self.drop_path(branch)
-
-    def pooled(self, x):
-        return x + self.drop_path(self.linear(x.mean(1, keepdim=True)))
-
-    def pooled_product(self, x):
-        y = self.linear(x)
-        return x + y + self.drop_path(self.linear((x * y).mean(1, keepdim=True)))
-
-    def outer(self, x):
-        return x + self.drop_path(self.linear(x.expand(-1, 6, -1)))
-
-    def scaled(self, x):
-        return x + self.inner(self.drop_path(self.linear(x)))
-
-    def square(self, x):
-        branch = self.drop_path(self.linear(x))
-        return x + branch * branch
-
-    def no_grad(self, x):
-        with torch.no_grad():
-            gate = self.linear(x).sigmoid()
-        return x + self.drop_path(self.linear(x) * gate)
-
-    def random(self, x):
-        return x if self.training and torch.rand(()) < 0.5 else x + self.drop_path(self.linear(x))
-
-    def used_before(self, x):
-        branch = self.linear(x)
-        shortcut = branch + 1
-        branch.mul_(2)
-        return shortcut + self.drop_path(self.linear(branch))
-
-    def flattened(self, x):
-        branch = self.inner(x)
-        branch.mul_(2)
-        return x + self.drop_path(self.linear(branch))
-
-    def elements(self, x):
-        both = self.inner(x)
-        return both[0] + self.drop_path(self.linear(both[1]))
-
-    def same_for_all_samples(self, x):
-        return x + self.drop_path(self.linear(self.linear.weight.unsqueeze(0)))
-
-    def same_for_all_samples_2d(self, x):
-        return x + self.drop_path(self.linear(self.linear.weight))
-
-    def alias(self, x):
-        before = x
-        x += 1
-        return before + self.drop_path(self.linear(x))
-
-    def view(self, x):
-        return x + self.drop_path(self.linear(x.flatten(1).mul_(2)))
-
-    def shape(self, x):
-        return x + self.drop_path(self.linear(x)) if x.shape[1] == 4 else x
-
-    def set_of_shapes(self, x):
-        return x + self.drop_path(self.linear(x)) * (x.shape[1] in {4, 8})
-
-    def set_of_dimensions(self, x):
-        return x + self.drop_path(self.linear(x)) * (x.ndim in {2, 4})
-
-    def endless(self, x):
-        length = x.shape[0]
-        while True:
-            if length % 8 == 0:
-                break
-            length = length + 1
         return x + self.drop_path(self.linear(x))
 
-    def inner_shape(self, x):
-        branch = self.linear(x)
-        return x if branch.shape[1] == 8 else x + self.drop_path(branch)
 
-    def nameless_error(self, x):
-        if not x.shape[1] == 4:
-            raise ValueError
-        return x + self.drop_path(self.linear(x))
+class NeverCalls(Residual):
+    def forward(self, x):
+        return x + self.linear(x)
 
-    def checked_values(self, x):
-        assert x.ndim == 2, "not two dimensions"
-        return self.values(x)
 
-    def values(self, x):
-        return x if x.sum() > 0 else x + self.drop_path(self.linear(x))
+NOTHING_FOUND = {
+    "no drop path": (lambda: timm.create_model("test_vit", img_size=32), "no drop path.*drop_path_rate=.*set_drop_path"),
+    "a class that only looks like one": (lambda: nn.Sequential(Residual(BatchDropPath(0.1))), "BatchDropPath"),
+    "never called": (lambda: nn.Sequential(NeverCalls()), "nothing is skipped"),
+    "an FX graph": (lambda: fx.symbolic_trace(nn.Sequential(Residual())), "FX graph"),
+    "an FX feature extractor": (
+        lambda: timm.create_model("test_convnext", drop_path_rate=0.4, features_only=True, feature_cls="fx"),
+        "FX graph",
+    ),
+}
 
-    def batch_size(self, x):
-        return x + self.drop_path(self.linear(x) / x.shape[0])
+
+@pytest.mark.parametrize(("make", "message"), NOTHING_FOUND.values(), ids=NOTHING_FOUND)
+def test_nothing_found_is_said(make, message):
+    model = make()
+    (said,) = warned(model)
+    assert re.search(message, said), said
+    assert "\n" not in said
+    assert not gates(model)
+    with pytest.raises(ValueError, match=message):
+        skip_drop_path(model, strict=True)
+
+
+def test_the_papers_networks_skip_by_themselves():
+    model = timm.create_model("cifar_resnet20_sd")
+    printed = repr(model)
+    assert not warned(model, strict=True)
+    assert repr(model) == printed
+
+
+def test_a_model_on_the_meta_device_is_refused():
+    with torch.device("meta"):
+        model = timm.create_model("test_vit", drop_path_rate=0.5)
+    with pytest.raises(ValueError, match="meta device") as error:
+        skip_drop_path(model)
+    assert "\n" not in str(error.value)
+
+
+# The example
+
+
+class TwoInputs(Residual):
+    """A block that noise does not tell how to call."""
+
+    def forward(self, x, factor=None, *, shift):
+        return x + self.drop_path(self.linear(x) * factor + shift)
+
+
+FACTOR, SHIFT = torch.rand(4, 1), torch.rand(4)
+
+
+def test_an_example_is_needed_if_noise_is_refused():
+    with pytest.raises(ValueError, match=r"needs an example= \(TypeError: .*shift") as error:
+        skip_drop_path(TwoInputs())
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("way", "first", "second"),
+    ("make", "example"),
     [
-        ("attribute", nn.Dropout(0.25), nn.Dropout(0.75)),
-        ("children_in_a_loop", nn.Sequential(nn.Linear(4, 4)), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))),
-        ("scaled", LayerScale(4, 2.0), nn.Linear(4, 4)),
+        (Residual, torch.randn(4, 4)),
+        (Residual, torch.randn(7, 3, 4)),
+        (Residual, (torch.randn(4, 4),)),
+        (Residual, dict(x=torch.randn(4, 4))),
+        (TwoInputs, dict(x=torch.randn(4, 4), factor=FACTOR, shift=SHIFT)),
+        (lambda: Calls(TwoInputs()), ((torch.randn(4, 4), FACTOR), dict(shift=SHIFT))),
     ],
+    ids=["tensor", "tokens", "tuple", "dict", "several arguments", "nested"],
 )
-def test_blocks_of_a_class_are_not_mixed_up(way, first, second):
-    x, kept = torch.randn(4, 4), torch.tensor([True, False, True, True])
-    for inner in (first, second):
-        block = Variants(way, inner)
-        expected = copy.deepcopy(block)
-        expected.drop_path.forward = lambda branch: branch * kept.view(-1, 1) * 2
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            skip_drop_path(nn.Sequential(block))
-        if own := gates(block):
-            with use_gates(block, kept.unsqueeze(0)):
-                torch.testing.assert_close(block(x), expected(x))
-            assert len(own) == 1
-        else:
-            assert inner is second, "the first can be skipped"
-            assert way == "scaled", "only what need not be linear is refused"
+def test_examples(make, example):
+    plain = make().double().train()
+    example = tree_map(doubled, example)
+    model = skip_drop_path(copy.deepcopy(plain), "row", example, strict=True)
+    args, kwargs = ((), example) if isinstance(example, dict) else (example if isinstance(example, tuple) else (example,), {})
+    size = len(torch.utils._pytree.tree_leaves(example)[0])
+    for kept in ([True, False, True, True], [False] * 4):
+        assert_drops_as_plain(plain, model, [torch.tensor((kept * 2)[:size])], *args, **kwargs)
 
 
 @pytest.mark.parametrize(
-    "way",
+    ("example", "message"),
     [
-        *("square", "no_grad", "random", "used_before", "flattened", "elements", "alias", "view", "shape"),
-        *("set_of_shapes", "set_of_dimensions", "endless", "inner_shape", "nameless_error", "values", "batch_size"),
+        (torch.randn(3, 4), "3 samples, but at least 4 are needed"),
+        (torch.randn(4, 5), "does not run on the example.*shape"),
+        (dict(y=torch.randn(4, 4)), "does not run on the example.*'y'"),
+        ((torch.randn(4, 4),) * 2, "does not run on the example"),
     ],
 )
-def test_what_cannot_be_skipped_is_refused(way):
-    with pytest.raises(ValueError, match=r"cannot be skipped.*drop_path of Variants, because"):
-        skip_drop_path(nn.Sequential(Variants(way, nn.Flatten())), strict=True)
+def test_examples_that_do_not_work(example, message):
+    model = Residual()
+    printed = repr(model)
+    with pytest.raises(ValueError, match=message) as error:
+        skip_drop_path(model, example=example)
+    assert "\n" not in str(error.value)
+    assert repr(model) == printed
 
 
-def test_the_reason_is_not_an_assertion_that_calls_pass():
-    with pytest.raises(ValueError, match="variables cannot be used as inputs to control flow"):
-        skip_drop_path(nn.Sequential(Variants("checked_values")), strict=True)
-
-
-def test_a_batch_norm_that_comes_later_is_refused():
-    block = skip_drop_path(nn.Sequential(Variants("children_in_a_loop", nn.Sequential(nn.Linear(4, 4)))))[0]
-    block.inner = nn.Sequential(nn.BatchNorm1d(4))
-    for same in (block, copy.deepcopy(block)):
-        with pytest.warns(UserWarning, match='BatchNorm in its branch needs mode="batch"'):
-            same(torch.randn(4, 4))
-
-
-def test_a_call_that_cannot_be_skipped_leaves_other_blocks_alone():
-    first, second = (skip_drop_path(nn.Sequential(Chooses()))[0] for _ in "ab")
-    x = torch.randn(4, 4)
-    with pytest.warns(UserWarning, match="neither a tensor nor a plain value"):
-        first(x, scale=np.float32(1))
-    for block in (first, second):
-        with use_gates(block, torch.zeros(1, 4, dtype=torch.bool)):
-            assert torch.equal(block(x), x)
-
-
-@pytest.mark.parametrize("way", ["same_for_all_samples", "same_for_all_samples_2d"])
-def test_a_branch_must_have_a_row_for_each_sample(way):
-    """DropPath would take its dimension 0 for the samples, too."""
-    block = Variants(way)
-    skip_drop_path(nn.Sequential(block))
-    with use_gates(block, torch.tensor([[True, False, True, True]])), pytest.raises(RuntimeError):
-        block(torch.ones(4, 4, 4))
-
-
-@pytest.mark.parametrize("mode", ["row", "count", "batch"])
-def test_an_empty_batch(mode):
-    block = Variants("scaled")
-    skip_drop_path(nn.Sequential(block), mode)
-    assert block(torch.ones(0, 4)).shape == (0, 4)
-
-
-class SizedLinear(nn.Linear):
-    def forward(self, x, size):
-        return super().forward(x.unflatten(1, size)).flatten(1, 2)
-
-
-class Resized(nn.Module):
-    """A block whose branches depend on a size and a scale that come from a module."""
+class Remembers(Residual):
+    """A block that changes its attributes and buffers and draws random numbers of all kinds."""
 
     def __init__(self):
         super().__init__()
-        self.first, self.second, self.resize = SizedLinear(4, 4), SizedLinear(4, 4), Resize()
-        self.drop_path = DropPath(0.5)
+        self.calls, self.history = 0, []
+        self.norm, self.dropout = nn.BatchNorm1d(4), nn.Dropout(0.5)
+        self.register_buffer("sum", torch.zeros(()))
 
     def forward(self, x):
-        x, size, scales = self.resize(x)
-        x = x + self.drop_path(self.first(x, (size[0], 3)) * scales[0])
-        return x + self.drop_path(self.second(x, size) * scales[1])
+        self.calls += 1
+        self.history.append(random.random() + np.random.rand())
+        self.sum += x.detach().sum()
+        return super().forward(self.dropout(self.norm(x)))
 
 
-class Resize(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.scales = nn.Parameter(torch.rand(2, 4))
-
-    def forward(self, x):
-        return x[:, :6], (2, 3), self.scales.exp()
-
-
-@pytest.mark.parametrize(
-    ("mode", "gate"), [("row", [1, 0, 0, 0]), ("row", [0] * 4), ("count", [1, 0, 1, 0]), ("batch", 0)]
-)
-def test_a_branch_may_take_what_is_not_a_tensor_and_elements_of_one(mode, gate):
-    gate = torch.tensor(gate, dtype=torch.bool)
-    block, plain = Resized(), Resized()
-    plain.load_state_dict(block.state_dict())
-    plain.drop_path.forward = lambda branch: branch * gate.view(-1, 1, 1) * 2
-    skip_drop_path(nn.Sequential(block), mode, strict=True)
-    x = torch.randn(4, 7, 4)
-    with use_gates(block, torch.stack([gate, gate])):
-        found = results(block, [x], {})
-    torch.testing.assert_close(found, results(plain, [x], {}))
+def test_conversion_leaves_everything_as_it_was():
+    model, x = nn.Sequential(Remembers(), nn.Linear(4, 4).eval()), torch.randn(4, 4)
+    model[0].linear.weight.requires_grad_(False)
+    model(x).sum().backward()
+    block = model[0].eval()
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    gradients = [parameter.grad for parameter in model.parameters()]
+    torch.manual_seed(1), random.seed(1), np.random.seed(1)
+    expected = torch.rand(1), random.random(), np.random.rand()
+    torch.manual_seed(1), random.seed(1), np.random.seed(1)
+    skip_drop_path(model, example=x, strict=True, allow_batch_norm=True)
+    assert (torch.rand(1), random.random(), np.random.rand()) == expected
+    assert (block.calls, len(block.history)) == (1, 1)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert list(model.state_dict()) == list(state)
+    assert all(a is b for a, b in zip(gradients, (p.grad for p in model.parameters()), strict=True))
+    assert not block.linear.weight.requires_grad
+    assert [module.training for module in (model, block, block.norm, block.drop_path, model[1])] == [True, *[False] * 4]
+    assert not any(gate.training for gate in gates(model))
 
 
-class FourSamples(Chooses):
-    """A block whose branch works for four samples only."""
-
-    def forward(self, x, mask):
-        return x + self.drop_path((self.linear(x) * mask).view(4, 4))
+# Changing and undoing it
 
 
-def test_a_branch_that_needs_the_whole_batch_is_computed_in_full():
-    block = skip_drop_path(nn.Sequential(FourSamples()))[0].train()
-    x, mask = torch.randn(4, 4), torch.rand(4)
-    torch.manual_seed(0)
-    with pytest.warns(UserWarning, match="cannot tell which inputs"):
-        found = block(x, mask)
-    torch.manual_seed(0)
-    torch.testing.assert_close(found, x + block.drop_path(block.linear(x) * mask))
+@pytest.mark.parametrize("modes", [("row", "batch"), ("batch", "count"), ("count", "auto", "row")])
+def test_converting_again_changes_the_mode(modes):
+    plain = Block(8, 2, drop_path=0.5).double().train()
+    model = copy.deepcopy(plain)
+    for mode in modes:
+        skip_drop_path(model, mode, strict=True)
+    assert [gate.mode for gate in gates(model)] == [modes[-1]] * 2
+    kept = torch.tensor([modes[-1] != "batch"] * 2 + [False] * 2)
+    assert_drops_as_plain(plain, model, [kept, kept.flip(0)], torch.randn(4, 3, 8).double())
+    assert repr(model) == repr(skip_drop_path(plain, modes[-1])), "traces of the first mode are left"
 
 
-@pytest.mark.parametrize("way", ["pooled", "pooled_product"])
-@pytest.mark.parametrize(("mode", "gate"), [("row", [1, 0, 1, 0]), ("count", [1, 0, 1, 0]), ("batch", 1)])
-def test_a_branch_may_be_broadcast(mode, gate, way):
-    gate = torch.tensor(gate, dtype=torch.bool)
-    block, plain = Variants(way), Variants(way)
-    plain.load_state_dict(block.state_dict())
-    plain.drop_path.forward = lambda branch: branch * gate.view(-1, 1, 1) * 2
-    skip_drop_path(nn.Sequential(block), mode)
-    with use_gates(block, gate.unsqueeze(0)), warnings.catch_warnings():
-        warnings.simplefilter("error")
-        found = results(block, [torch.ones(4, 6, 4)], {})
-    torch.testing.assert_close(found, results(plain, [torch.ones(4, 6, 4)], {}))
-
-
-@pytest.mark.parametrize(("mode", "gate"), [("row", [1, 0, 1, 0]), ("count", [1, 0, 1, 0]), ("batch", 1)])
-def test_a_shortcut_may_not_be_broadcast(mode, gate):
-    """A closed gate returns the shortcut."""
-    block = Variants("outer")
-    skip_drop_path(nn.Sequential(block), mode)
-    with use_gates(block, torch.tensor([gate], dtype=torch.bool)), pytest.raises(RuntimeError, match="expanded size"):
-        block(torch.ones(4, 1, 4))
-
-
-# Together with other features
-
-
-def test_copies_and_pickles(tmp_path):
-    model = skip_drop_path(small("test_vit")).train()
-    values = draw_gates([0.5, 0.5], 0, 0, 6)
-    x = images("test_vit")
-    with use_gates(model, values):
-        expected = model(x)
-        others = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
-    torch.save(model, tmp_path / "model.pt")
-    others.append(torch.load(tmp_path / "model.pt", weights_only=False))
-    for other in others:
-        assert isinstance(other.blocks[1], timm.models.vision_transformer.Block)
-        assert all(gate.provided is None for gate in gates(other))
-        assert list(other.state_dict()) == list(small("test_vit").state_dict())
-        with torch.no_grad():
-            for parameter in other.parameters():
-                parameter *= 2  # a copy has weights of its own
-        with use_gates(other, values):
-            assert not torch.allclose(other(x), expected)
-            doubled = {key: value * 2 for key, value in model.state_dict().items()}
-            other.load_state_dict(doubled)
-            found = other(x)
-        reference = copy.deepcopy(model)
-        reference.load_state_dict(doubled)
-        with use_gates(reference, values):
-            assert torch.equal(found, reference(x))
-
-
-def test_moving_average():
-    model = skip_drop_path(small("test_vit")).train()
-    average = ModelEmaV3(model, decay=0.5)
-    with torch.no_grad():
-        model.blocks[1].mlp.fc1.weight += 1
-    average.update(model)
-    difference = model.blocks[1].mlp.fc1.weight - average.module.blocks[1].mlp.fc1.weight
-    torch.testing.assert_close(difference, torch.full_like(difference, 0.5))
-    plain = small("test_vit").eval()
-    plain.load_state_dict(average.module.state_dict())
-    x = images("test_vit")
-    assert torch.equal(average.module(x), plain(x))
-
-
-def test_weights_loaded_before_and_after():
-    x, source = images("test_vit"), small("test_vit").eval()
-    torch.manual_seed(5)
-    before, after = (timm.create_model("test_vit", **timm_blocks.VIT, num_classes=4, drop_path_rate=0.3) for _ in "ab")
-    before.load_state_dict(source.state_dict())
-    skip_drop_path(before)
-    skip_drop_path(after).load_state_dict(source.state_dict())
-    assert torch.equal(before.eval()(x), source(x))
-    assert torch.equal(after.eval()(x), source(x))
-
-
-@pytest.mark.parametrize("mode", ["row", "count", "batch"])
-def test_gradient_checkpointing(mode):
-    model = skip_drop_path(small("test_vit"), mode).train()
-    checkpointed = copy.deepcopy(model)
-    checkpointed.set_grad_checkpointing()
-    for network in (model, checkpointed):
-        torch.manual_seed(3)
-        network(images("test_vit")).square().sum().backward()
-    for ours, theirs in zip(checkpointed.parameters(), model.parameters(), strict=True):
-        torch.testing.assert_close(ours.grad, theirs.grad)
-
-
-def train_under_ddp(rank, init_file, mode):
-    warnings.simplefilter("error", UserWarning)
-    dist.init_process_group("gloo", init_method=f"file://{init_file}", rank=rank, world_size=2)
-    model = nn.parallel.DistributedDataParallel(skip_drop_path(small("test_vit").train(), mode))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    torch.manual_seed(rank)
-    for _ in range(4):
-        model(images("test_vit", 2) + rank).square().sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    flat = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
-    others = [torch.empty_like(flat) for _ in range(2)]
-    dist.all_gather(others, flat)
-    assert torch.equal(others[0], others[1])
-    dist.destroy_process_group()
-
-
-@pytest.mark.parametrize("mode", ["row", "batch"])
-def test_ddp_does_not_need_find_unused_parameters(tmp_path, mode):
-    start_processes(train_under_ddp, (tmp_path / "init", mode), nprocs=2, start_method="forkserver")
-
-
-def compiled_graphs(model, name, steps, **options):
-    """The number of graphs in `steps` steps of compiled training. The model keeps the gradients of the last one."""
-    graphs = []
-
-    def backend(graph, _):
-        graphs.append(graph)
-        return graph.forward
-
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend=backend, **options)
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
-        for _ in range(steps):
-            model.zero_grad()
-            compiled(images(name)).square().sum().backward()
-    return len(graphs)
-
-
-def test_count_compiles_in_one_graph():
-    model = skip_drop_path(small("test_vit"), "count").train()
-    eager = copy.deepcopy(model)
-    torch.manual_seed(0)
-    assert compiled_graphs(model, "test_vit", 2, fullgraph=True) == 1
-    torch.manual_seed(0)
-    for _ in range(2):
-        eager.zero_grad()
-        eager(images("test_vit")).square().sum().backward()
-    for ours, theirs in zip(model.parameters(), eager.parameters(), strict=True):
-        torch.testing.assert_close(ours.grad, theirs.grad)
-
-
-@pytest.mark.parametrize("dynamic", [None, True])
-def test_count_compiles_for_every_probability(dynamic):
-    """Blocks that are compiled one by one share their code but not their probability, and a schedule changes it."""
-    model = skip_drop_path(small("test_vit", depth=3), "count").train()
-    eager = copy.deepcopy(model)
-    torch._dynamo.reset()
-    for block in model.blocks:
-        block.compile(backend="eager", fullgraph=True, dynamic=dynamic)
-    x = images("test_vit", 10)
-    for step, rate in enumerate((0.5, 0.8, 0.3)):  # 10 * (1 - 0.8) is less than 2
-        for network in (model, eager):
-            for index, gate in enumerate(gates(network)):
-                gate.drop_path.drop_prob = rate + 0.05 * index
-            torch.manual_seed(step)
-            network.zero_grad()
-            network(x).square().sum().backward()
-        for ours, theirs in zip(model.parameters(), eager.parameters(), strict=True):
-            torch.testing.assert_close(ours.grad, theirs.grad)
-
-
-@pytest.mark.parametrize("mode", ["row", "batch"])
-def test_training_compiles_to_a_bounded_number_of_graphs(mode):
-    torch.manual_seed(0)
-    model = timm.create_model("vit_tiny_patch16_224", **(timm_blocks.VIT | dict(depth=12)), drop_path_rate=0.5)
-    assert compiled_graphs(skip_drop_path(model, mode).train(), "test_vit", 20) <= 24
-
-
-@pytest.mark.parametrize("mode", ["row", "count", "batch"])
-def test_autocast(mode):
-    model = skip_drop_path(small("test_vit"), mode).train()
-    values = draw_gates([0.5, 0.5], 1, 0, None if mode == "batch" else 6, mode)
-    with use_gates(model, values):
-        expected = model(images("test_vit"))
-        with torch.autocast("cpu", torch.bfloat16):
-            found = model(images("test_vit"))
-    found.float().sum().backward()
-    assert (found.float() - expected).abs().max() < 0.05 * expected.abs().max()
-    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
-
-
-@pytest.mark.parametrize("mode", ["row", "batch"])
-def test_channels_last_is_kept(mode):
-    model = skip_drop_path(small("convnext_atto"), mode).to(memory_format=torch.channels_last).train()
-    formats = []
-    for gate in gates(model):
-        gate.register_forward_hook(
-            lambda gate, args, output: formats.append(output.is_contiguous(memory_format=torch.channels_last))
-        )
-    model(images("convnext_atto").to(memory_format=torch.channels_last))
-    assert formats
-    assert all(formats)
-
-
-def test_features_only():
-    features = small("swin_tiny_patch4_window7_224", features_only=True).train()
-    expected = copy.deepcopy(features)
-    own = gates(skip_drop_path(features, "row"))
-    values = torch.ones(len(own), 6, dtype=torch.bool)
-    for drop_path in (module for module in expected.modules() if isinstance(module, DropPath)):
-        drop_path.forward = lambda x, p=drop_path.drop_prob: x / (1 - p)
-    x = images("swin_tiny_patch4_window7_224")
-    with use_gates(features, values):
-        for ours, theirs in zip(features(x), expected(x), strict=True):
-            torch.testing.assert_close(ours, theirs)
-
-
-def test_swins_input_size_set_afterwards():
-    models = [small("swin_tiny_patch4_window7_224").train() for _ in range(2)]
-    skip_drop_path(models[0], "batch")(images("swin_tiny_patch4_window7_224"))
-    for model in models:
-        model.set_input_size((96, 96), window_size=(6, 6))
-    for drop_path in (module for module in models[1].modules() if isinstance(module, DropPath)):
-        drop_path.forward = lambda x, p=drop_path.drop_prob: x / (1 - p)
-    x = torch.randn(2, 3, 96, 96)
-    with use_gates(models[0], torch.ones(len(gates(models[0])), dtype=torch.bool)):
-        torch.testing.assert_close(models[0](x), models[1](x))
-
-
-def test_classifier_and_parameter_groups():
-    plain, model = small("test_vit"), skip_drop_path(small("test_vit"))
-    for network in (plain, model):
-        network.reset_classifier(7)
-    assert model.train()(images("test_vit")).shape == (6, 7)
-    groups = [
-        [(group["lr_scale"], [tuple(p.shape) for p in group["params"]]) for group in optimizer.param_groups]
-        for optimizer in (create_optimizer_v2(m, "adamw", lr=0.1, layer_decay=0.5) for m in (plain, model))
+def traces(model):
+    """All that a model's modules are, apart from the values of parameters."""
+    return [
+        (name, type(module), sorted(vars(module)), *(len(value) for value in vars(module).values() if isinstance(value, dict)))
+        for name, module in model.named_modules()
     ]
-    assert groups[0] == groups[1]
 
 
-def test_exports(tmp_path):
-    for model, x in (
-        (skip_drop_path(small("test_vit")), images("test_vit", 2)),
-        (timm.create_model("cifar_resnet20_sd"), torch.randn(2, 3, 32, 32)),
-    ):
-        model.eval()
-        with torch.no_grad():
-            expected = model(x)
-            torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected)
-        torch.onnx.export(model, (x,), tmp_path / "model.onnx", dynamo=True, verbose=False)
-        session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
-        (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-        torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-3, atol=1e-4)
+@pytest.mark.parametrize("name", ["test_vit", "resnet50", "samvit_base_patch16"])
+def test_restoring_leaves_no_trace(name):
+    plain, x = small(name), images(name, 4)
+    model = copy.deepcopy(plain)
+    hook = model.get_submodule("blocks.1" if hasattr(model, "blocks") else "layer1.0").register_forward_hook(lambda *_: None)
+    before, printed = traces(model), repr(model)
+    warned(model, "batch")
+    assert gates(model)
+    assert repr(model) != printed
+    assert restore_drop_path(model) is model
+    assert (traces(model), repr(model), gates(model)) == (before, printed, [])
+    hook.remove()
+    outputs = []
+    for each in model, plain:
+        torch.manual_seed(3)
+        outputs.append(each(x))
+    assert torch.equal(*outputs)
+    restore_drop_path(model)  # there is nothing to undo
+
+
+def test_printing_shows_mode_and_rate():
+    model = small("test_vit")
+    skip_drop_path(model, "count")
+    lines = [line for line in repr(model).splitlines() if "survival" in line]
+    assert len(lines) == 2
+    assert all("survival=0.5000, mode='count'" in line for line in lines)
+    model.blocks[1].drop_path1.drop_prob = 0.25
+    assert "survival=0.7500, mode='count'" in repr(model.blocks[1].drop_path1)
+    assert "drop_prob=0.250" in repr(model.blocks[1].drop_path1)

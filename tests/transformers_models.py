@@ -1,8 +1,8 @@
 """Every family of transformers that has a class of its own for drop paths, each as a tiny model with random weights.
 
 `FAMILIES` names them as the folders of `transformers.models`. `tiny` builds one, with the arguments of a forward pass.
-Dinat is missing: it needs natten, which has no build for the CPU. HGNet-V2 and LeViT are missing because their
-`drop_path` is an ordinary dropout, or a parameter that nothing reads.
+Dinat is missing: it needs natten, which has no build for the CPU. LeViT, which drops samples without any such class,
+and HGNet-V2, whose `drop_path` is an ordinary dropout, are no such families.
 """
 
 import re

@@ -9,6 +9,7 @@ All kinds of step use the same model with the same probabilities:
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import timm
@@ -23,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from timm_sd import draw_gates, gates, skip_drop_path, use_gates
 from timm_sd.errors import UserError
-from timm_sd.gate import MODES, kept
+from timm_sd.gate import MODES
 
 MODELS = ("vit_small_patch16_224", "swin_tiny_patch4_window7_224", "convnext_tiny", "resnet50")
 RATES = (0.1, 0.4)
@@ -54,6 +55,11 @@ class DinoV2Block(nn.Module):
         self.branches = nn.ModuleList([attention, mlp])
         self.drop_paths = nn.ModuleList([block.drop_path1, block.drop_path2])
 
+    @staticmethod
+    def kept(batch_size: int, rate: float) -> int:
+        """The number of samples, rounded down where mode "count" rounds to the nearest."""
+        return max(1, int(batch_size * (1 - rate)))
+
     def forward(self, x: Tensor) -> Tensor:
         for branch, drop_path in zip(self.branches, self.drop_paths, strict=True):
             x = self.add(x, branch, drop_path)
@@ -63,7 +69,7 @@ class DinoV2Block(nn.Module):
         rate = getattr(drop_path, "drop_prob", 0.0)
         if not self.training or rate <= self.SMALLEST_RATE:
             return x + drop_path(branch(x))
-        rows = torch.randperm(len(x), device=x.device)[: kept(len(x), 1 - rate)]
+        rows = torch.randperm(len(x), device=x.device)[: self.kept(len(x), rate)]
         residual = branch(x[rows]).flatten(1).to(x.dtype)
         return x.flatten(1).index_add(0, rows, residual, alpha=len(x) / len(rows)).view_as(x)
 
@@ -123,7 +129,8 @@ def dropped(kind: str, survival: Sequence[float], batch_size: int, steps: Iterab
     rates = [1 - p for p in survival]
     if kind == DROP_PATH:
         return rates
-    return [1 - kept(batch_size, 1 - rate) / batch_size if rate > DinoV2Block.SMALLEST_RATE else rate for rate in rates]
+    dropped = (1 - DinoV2Block.kept(batch_size, rate) / batch_size for rate in rates)
+    return [share if rate > DinoV2Block.SMALLEST_RATE else rate for share, rate in zip(dropped, rates, strict=True)]
 
 
 def fullest_step(kind: str, survival: Sequence[float], batch_size: int, count: int) -> int:
@@ -183,31 +190,33 @@ def make_clocked_step(model: str, rate: float, batch_size: int, now: Callable[[]
 def clock_branches(network: nn.Module, now: Callable[[], float]) -> list[float]:
     """A list to which every training step of the network adds the seconds of each gate's branch, forward and backward.
 
-    A branch's backward pass lasts from the gradient of its output to that of its first input.
+    A branch's backward pass lasts from the gradient of its output to that of its first input. Each branch must have a
+    drop path of its own.
     """
     seconds = [0.0] * len(gates(network))
 
-    def clock(index: int, sign: int) -> None:
-        seconds[index] += sign * now()
+    blocks = (module for module in network.modules() if "skipping" in vars(module))
+    branches = (
+        (block, branch) for block in blocks for plan in block.skipping.plans.values() for branch in plan.branches
+    )
+    for index, (block, branch) in enumerate(branches):
 
-    for index, gate in enumerate(gates(network)):
+        def clock(sign: int, *_: object, index: int = index) -> None:
+            seconds[index] += sign * now()
 
-        def replace_branch(_, args: tuple, index: int = index) -> tuple:
-            branch, *others = args
+        def start(_, args: tuple, clock: Callable = clock) -> tuple:
+            clock(-1)
+            x = args[0].view_as(args[0])  # its gradient is that of the branch alone, without the shortcut's
+            x.register_hook(partial(clock, 1))
+            return x, *args[1:]
 
-            def clocked(*inputs: Tensor) -> Tensor:
-                clock(index, -1)
-                # Views, whose gradients are those of the branch alone, without the shortcut's.
-                inputs = [x.view_as(x) for x in inputs]
-                inputs[0].register_hook(lambda _: clock(index, 1))
-                output = branch(*inputs)
-                clock(index, 1)
-                output.register_hook(lambda _: clock(index, -1))
-                return output
+        def stop(_, args: tuple, clock: Callable = clock) -> None:
+            clock(1)
+            args[0].register_hook(partial(clock, -1))
 
-            return clocked, *others
-
-        gate.register_forward_pre_hook(replace_branch)
+        (first, _), *_ = branch.entries
+        block.get_submodule(first).register_forward_pre_hook(start)
+        block.get_submodule(branch.drop_path).register_forward_pre_hook(stop)
     return seconds
 
 
@@ -226,7 +235,6 @@ def count_flops(kind: str, model: str, rate: float, batch_size: int, steps: Sequ
     make = make_pass(network, kind, batch_size)
     if kind not in MODES or kind == "count":
         steps = steps[:1]  # all are alike
-    make(steps[0])  # what the first pass does to find out about shapes is not part of a step
     own_count = {torch.ops.aten.convolution_backward: count_conv_backward}
     with FlopCounterMode(display=False, custom_mapping=own_count) as counter:
         for t in steps:

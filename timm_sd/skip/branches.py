@@ -19,7 +19,7 @@ Calls = dict[tuple[str, int], dict[int, int]]
 
 
 class Call(NamedTuple):
-    """A call of a child: its tensors by position, each with its rows and autograd node, and the nodes of its outputs."""
+    """A call of a child: its tensors by position, each with its rows and autograd node, and its outputs' nodes."""
 
     child: str
     number: int
@@ -39,13 +39,12 @@ class Drop(NamedTuple):
 
 
 class Observed(NamedTuple):
-    """One pass of a block: the nodes of its arguments and outputs, and its modules that change their buffers."""
+    """One pass of a block, with the nodes of its arguments and outputs."""
 
     calls: list[Call]
     drops: list[Drop]
     inputs: list
     outputs: list
-    norms: list[str]
 
 
 def children(block: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -63,20 +62,24 @@ def tensors(*values: object) -> list[Tensor]:
 
 def observe(block: nn.Module, drop_paths: Sequence[str], args: tuple, kwargs: dict) -> Observed:
     """Run a copy of a block whose parameters all require gradients."""
-    buffers, block = dict(block.named_buffers()), copy.deepcopy(block)
-    calls, drops, count = [], [], Counter()
+    block = copy.deepcopy(block)
+    calls, drops, count, running = [], [], Counter(), []
 
     def before(name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
         values = enumerate(tree_leaves((args, kwargs)))
         inputs = {i: (len(x), x.grad_fn) for i, x in values if isinstance(x, Tensor) and x.ndim}
-        calls.append(Call(name, count[name], inputs, []))
+        if not running:  # a child that another child calls is a part of that
+            calls.append(Call(name, count[name], inputs, []))
+        running.append(name)
         count[name] += 1
 
     def after(name: str, module: nn.Module, args: tuple, output: object) -> None:
-        call = next(call for call in reversed(calls) if call.child == name and not call.outputs)
-        call.outputs.extend(x.grad_fn for x in tensors(output) if x.grad_fn)
+        running.pop()
+        if not running:
+            calls[-1].outputs.extend(x.grad_fn for x in tensors(output) if x.grad_fn)
 
-    def drop(name: str, x: Tensor, *_: object, **__: object) -> Tensor:
+    def drop(name: str, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        x, *_ = args or kwargs.values()
         y = x.clone()
         drops.append(Drop(name, count[name], len(x), len(calls), x.grad_fn, y.grad_fn))
         count[name] += 1
@@ -96,8 +99,7 @@ def observe(block: nn.Module, drop_paths: Sequence[str], args: tuple, kwargs: di
         args, kwargs = tree_map(tracked, (args, kwargs))
         inputs = [x.grad_fn for x in tensors(args, kwargs)]
         outputs = [x.grad_fn for x in tensors(block(*args, **kwargs))]
-    changed = (name for name, x in block.named_buffers() if x.is_floating_point() and not torch.equal(x, buffers[name]))
-    return Observed(calls, drops, inputs, outputs, list({name.rpartition(".")[0]: None for name in changed}))
+    return Observed(calls, drops, inputs, outputs)
 
 
 def _ancestors(nodes: Sequence, stop: object = None) -> set:
@@ -128,7 +130,7 @@ def entries(drop: Drop, branch: list[Call], seen: Observed, alone: bool = False)
     calls are `alone`, what comes from other calls of the branch counts, too.
     """
     inner = set() if alone else {node for call in branch for node in call.outputs}
-    first = next(node for node in seen.inputs if node is not None)
+    first = next((node for node in seen.inputs if node is not None), None)
     found = {}
     for call in branch:
         groups = {}

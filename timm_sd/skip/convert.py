@@ -17,7 +17,7 @@ from .branches import children
 from .drop_paths import kind_of, looks_like_drop_path
 from .example import block_calls
 from .plans import plan_call
-from .step import HOOKS, NOT_COMPILED, DropPathGate, install, normalize
+from .step import Plan, install, uninstall
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -71,29 +71,35 @@ def skip_drop_path(
         if own and not isinstance(block, (nn.ModuleList, nn.ModuleDict)):
             blocks[name] = own
     whole = True if mode == "batch" else False if mode != "auto" or allow_batch_norm else None
-    known, plans, left = {}, defaultdict(dict), defaultdict(list)
+    plans, modes, left = defaultdict(dict), defaultdict(dict), defaultdict(list)
     with _same_randomness():
-        for call in block_calls(probe, blocks, example) if blocks else ():
+        calls, others = block_calls(probe, blocks, example) if blocks else ([], {})
+        for name, why in others.items():
+            left[f"{type(probe.get_submodule(name)).__name__} ({why})"].append(name)
+        known, owners = {}, {}
+        for call in calls:
             block = probe.get_submodule(call.block)
             if call.alike not in known:
                 known[call.alike] = plan_call(block, blocks[call.block], whole, call.args, call.kwargs)
-            plans[call.block][call.kind], of_call = known[call.alike]
+            plan, of_call = known[call.alike]
+            if _conflicts(block, plan, plans[call.block].setdefault(call.kind, plan), owners):
+                plans[call.block][call.kind], of_call = (
+                    Plan((), plan.rows),
+                    {("its drop paths", 0): "it shares modules"},
+                )
             for (drop_path, _), why in of_call.items():
                 left[f"{drop_path} of {type(block).__name__} ({why})"].append(call.block)
-
-    modes = defaultdict(dict)
-    for name, branch in (
-        (name, b) for name, of_block in plans.items() for plan in of_block.values() for b in plan.branches
-    ):
-        if branch.norms and mode in ("row", "count") and not allow_batch_norm:
-            norm = type(probe.get_submodule(name).get_submodule(branch.norms[0])).__name__
-            raise ValueError(
-                f"{name} has a {norm} in its branch, which would compute its statistics from the kept samples only: use"
-                ' mode="batch" or "auto", or allow it with allow_batch_norm=True'
-            )
-        own = ("row" if whole is False or not branch.norms else "batch") if mode == "auto" else mode
-        if modes[name].get((branch.drop_path, branch.call)) != "batch":
-            modes[name][branch.drop_path, branch.call] = own
+    for name, of_block in plans.items():
+        for branch in (branch for plan in of_block.values() for branch in plan.branches):
+            if branch.norms and mode in ("row", "count") and not allow_batch_norm:
+                norm = type(probe.get_submodule(name).get_submodule(branch.norms[0])).__name__
+                raise ValueError(
+                    f"{name} has a {norm} in its branch, which would compute its statistics from the kept samples only:"
+                    ' use mode="batch" or "auto", or allow it with allow_batch_norm=True'
+                )
+            own = mode if mode != "auto" else "batch" if branch.norms and not allow_batch_norm else "row"
+            if modes[name].get((branch.drop_path, branch.call)) != "batch":
+                modes[name][branch.drop_path, branch.call] = own
     messages = _complaints(probe, kinds, modes, left)
     if strict and messages:
         raise ValueError(" ".join(messages))
@@ -104,7 +110,7 @@ def skip_drop_path(
     if mode == "auto" and "batch" in chosen:
         count = f"{chosen.count('batch')} of {len(chosen)}" if "row" in chosen else f"all {len(chosen)}"
         messages.append(
-            f"{count} calls of drop paths use one gate for the mini-batch, since their branches have batch normalization"
+            f"{count} calls of drop paths use one gate for the mini-batch, since they compute statistics over it"
         )
     for message in messages:
         warnings.warn(message, stacklevel=2)
@@ -133,17 +139,18 @@ def _complaints(model: nn.Module, kinds: dict, modes: dict, left: dict[str, list
 def restore_drop_path(model: Model) -> Model:
     """Undo `skip_drop_path`, in place; returns the model."""
     for module in model.modules():
-        for attribute in ("skipping", "skipped"):
-            vars(module).pop(attribute, None)
-        if getattr(vars(module).get("forward"), "func", None) in (*HOOKS, *NOT_COMPILED, normalize):
-            del module.forward
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key in [key for key, hook in hooks.items() if hook in HOOKS or hook in NOT_COMPILED]:
-                for each in (hooks, module._forward_pre_hooks_with_kwargs, module._forward_hooks_always_called):
-                    each.pop(key, None)
-        for name in [name for name, child in module.named_children() if isinstance(child, DropPathGate)]:
-            delattr(module, name)
+        uninstall(module)
     return model
+
+
+def _conflicts(block: nn.Module, plan: Plan, first: Plan, owners: dict[nn.Module, nn.Module]) -> bool:
+    """Whether a plan differs from that of another call of this kind, or needs a module that is another block's, too."""
+    names = {branch.drop_path for branch in plan.branches}
+    for branch in plan.branches:
+        names |= {*branch.norms, *(child for child, _ in branch.entries if child)}
+    modules = [block.get_submodule(name) for name in names]
+    patched = any("forward" in vars(module) for module in modules)
+    return patched or plan != first or any(owners.setdefault(module, block) is not block for module in modules)
 
 
 @contextmanager

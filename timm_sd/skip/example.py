@@ -1,6 +1,5 @@
 """How a model calls its blocks, as one training pass on an example shows."""
 
-import inspect
 from collections.abc import Iterator
 from functools import partial
 from typing import NamedTuple
@@ -26,40 +25,59 @@ class BlockCall(NamedTuple):
     alike: object
 
 
-def block_calls(model: nn.Module, blocks: dict[str, dict[str, Kind]], example: object) -> list[BlockCall]:
-    """One call of each kind of each block, as a training pass makes them. The pass may change the model.
+def block_calls(
+    model: nn.Module, blocks: dict[str, dict[str, Kind]], example: object
+) -> tuple[list[BlockCall], dict[str, str]]:
+    """A training pass's calls of blocks, one of each kind and shape, and why other blocks cannot be learned from.
 
     Args:
-        model: The model.
+        model: The model, which the pass may change.
         blocks: The drop paths of each block, by name.
         example: As in `skip_drop_path`.
 
     Raises:
         ValueError: The model does not run on the example or, without one, on noise.
     """
-    calls: dict[tuple[str, object], BlockCall] = {}
+    calls: dict[object, BlockCall] = {}
+    few: dict[str, str] = {}
+    used = set()
 
-    def before(name: str, block: nn.Module, args: tuple, kwargs: dict) -> None:
+    def before_block(name: str, block: nn.Module, args: tuple, kwargs: dict) -> None:
         kind, values = kind_of_call(args, kwargs)
+        shapes = tuple((x.shape, x.dtype) for x in values)
         if samples_of_call(values) < FEWEST:
-            raise ValueError(f"{name or 'it'} gets {samples_of_call(values)} samples, but at least {FEWEST} are needed")
-        if (name, kind) not in calls:
-            alike = _settings(block, blocks[name]), kind, *((x.shape, x.dtype) for x in values)
+            few[name] = f"it gets {samples_of_call(values)} samples, but at least {FEWEST} are needed"
+        elif (name, kind, shapes) not in calls:
+            alike = _settings(block, blocks[name]), kind, shapes
             args, kwargs = tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, (args, kwargs))
-            calls[name, kind] = BlockCall(name, args, kwargs, kind, alike)
+            calls[name, kind, shapes] = BlockCall(name, args, kwargs, kind, alike)
 
-    for name in blocks:
-        model.get_submodule(name).register_forward_pre_hook(partial(before, name), with_kwargs=True)
+    def before_drop_path(drop_path: nn.Module, _: tuple) -> None:
+        used.add(drop_path)
+
+    drop_paths = {
+        name: [model.get_submodule(name).get_submodule(child) for child in own] for name, own in blocks.items()
+    }
+    for name, own in drop_paths.items():
+        model.get_submodule(name).register_forward_pre_hook(partial(before_block, name), with_kwargs=True)
+        for drop_path in own:
+            drop_path.register_forward_pre_hook(before_drop_path)
     failed = None
     for given in _noise(model) if example is None else [example]:
         args, kwargs = ((), given) if isinstance(given, dict) else (given if isinstance(given, tuple) else (given,), {})
-        calls.clear()
+        for found in (calls, few, used):
+            found.clear()
         try:
             with torch.no_grad():
-                model.train()(*args, **kwargs)
-            return list(calls.values())
+                model(*args, **kwargs)
         except Exception as error:  # whatever a forward method raises for what it was not made for
             failed = failed or error
+            continue
+        called = {name for name, *_ in calls} | few.keys()
+        left = {
+            name: "it is not called itself" for name, own in drop_paths.items() if name not in called and used & {*own}
+        }
+        return [call for call in calls.values() if used & {*drop_paths[call.block]}], few | left
     what = "the example" if example is not None else "noise, so it needs an example="
     raise ValueError(
         f"the model does not run on {what} ({type(failed).__name__}: {failed})".splitlines()[0]
@@ -87,27 +105,12 @@ def _noise(model: nn.Module) -> Iterator[object]:
 
 def _settings(block: nn.Module, drop_paths: dict[str, Kind]) -> object:
     """What two blocks have in common if they compute the same function of their arguments and parameters."""
-    settings: list[object] = [
-        (name, x.shape, x.dtype) for name, x in [*block.named_parameters(), *block.named_buffers()]
-    ]
+    settings: list[object] = []
+    for name, x in (*block.named_parameters(), *block.named_buffers()):
+        settings.append((name, x.shape, x.dtype, x.tolist() if x.numel() < 16 else None))
     for name, module in block.named_modules():
         ignored = {drop_paths[name].attribute} if name in drop_paths else set()
-        state = {key: _setting(value) for key, value in vars(module).items() if key not in OWN | ignored}
-        hooks = (
-            () if module is block else map(id, [*module._forward_pre_hooks.values(), *module._forward_hooks.values()])
-        )
-        settings.append((name, type(module), *state.items(), *hooks))
-    return tuple(settings)
-
-
-def _setting(value: object) -> object:
-    if isinstance(value, (tuple, list)):
-        return tuple(map(_setting, value))
-    if isinstance(value, dict):
-        return tuple((key, _setting(item)) for key, item in value.items())
-    if isinstance(value, Tensor):
-        return value.shape, value.dtype
-    plain = isinstance(value, (bool, int, float, str, type(None), torch.dtype, torch.device)) or inspect.isroutine(
-        value
-    )
-    return value if plain or inspect.isclass(value) else id(value)
+        state = sorted((key, repr(value)) for key, value in vars(module).items() if key not in OWN | ignored)
+        hooks = () if module is block or name in drop_paths else (*module._forward_pre_hooks, *module._forward_hooks)
+        settings.append((name, type(module), state, hooks))
+    return repr(settings)

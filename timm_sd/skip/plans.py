@@ -5,13 +5,13 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from .branches import Call, Calls, Drop, Observed, branch_of, entries, observe
+from .branches import Call, Calls, Drop, Observed, branch_of, entries
 from .drop_paths import Kind
-from .proof import Example, Masks
+from .proof import Example
 from .step import BLOCK, Branch, Plan, rows_of_call, samples_of_call
 
 Left = dict[tuple[str, int], str]
-"""Why calls of drop paths, or parts of their branches, are not skipped; by the drop path's name and the call's number."""
+"""Why calls of drop paths are not skipped or only in part, by the drop path's name and the number of the call."""
 
 
 def plan_call(
@@ -20,7 +20,7 @@ def plan_call(
     """The plan for a call of a block, and what it leaves.
 
     Args:
-        block: The block.
+        block: The block, in training mode.
         kinds: The kind of each of its drop paths, by name.
         whole: Whether gates keep all samples or none, as in mode "batch"; None for only those of branches that compute
             statistics over the batch. Otherwise, each sample must be computed independently of the others.
@@ -28,54 +28,61 @@ def plan_call(
         kwargs: Its keyword arguments.
     """
     try:
-        return _plan(Example(block, kinds, args, kwargs, torch.float64), whole)
-    except RuntimeError:  # parts of some blocks are float32, whatever they are given
-        return _plan(Example(block, kinds, args, kwargs, torch.float32), whole)
-
-
-def _plan(example: Example, whole: bool | None) -> tuple[Plan, Left]:
-    seen = observe(example.block, list(example.kinds), example.args, example.kwargs)
-    example.norms, device = seen.norms, example.values[0].device.type
-    rows = rows_of_call(example.values)
-    some = {(drop.name, drop.number): (torch.arange(drop.rows) + i) % 5 < 2 for i, drop in enumerate(seen.drops)}
-
-    def disprove(branches: list[Branch], masks: Masks) -> str | None:
-        own = {call: masks[call] for call in ((branch.drop_path, branch.call) for branch in branches)}
-        return example.disprove(Plan(tuple(branches), rows), own)
+        example = Example(block, kinds, args, kwargs, torch.float64)
+    except Exception:  # parts of some blocks are float32, whatever they are given
+        example = Example(block, kinds, args, kwargs, torch.float32)
+    seen, device, rows = example.seen, example.values[0].device.type, rows_of_call(example.values)
+    # Some samples are kept, but neither the first nor the last: dropping those changes more.
+    some = {
+        (drop.name, drop.number): torch.tensor(
+            [0 < row < drop.rows - 1 and (row + i) % 3 > 0 for row in range(drop.rows)]
+        )
+        for i, drop in enumerate(seen.drops)
+    }
+    none = {call: torch.zeros_like(mask) for call, mask in some.items()}
 
     def prove(branches: list[Branch]) -> tuple[list[Branch], str | None]:
-        """The branches, with devices on which they are known to work without rows; why they cannot be skipped."""
-        none = {call: torch.zeros_like(mask) for call, mask in some.items()}
-        by_row = {(b.drop_path, b.call) for b in branches if not (whole or (whole is None and b.norms))}
-        masks = {call: mask if call in by_row else none[call] for call, mask in some.items()}
-        why = disprove(branches, none) or (by_row and disprove(branches, masks)) or None
-        for index, branch in enumerate(branches) if not why else ():
-            empty = [*branches[:index], branch._replace(empty_on=device), *branches[index + 1 :]]
-            if not disprove(empty, none):
-                branches = empty
-        return branches, why
+        """The branches, with their normalizations and what is known of them without rows, and why they are wrong."""
+        calls = [(branch.drop_path, branch.call) for branch in branches]
 
-    best = [next(_options(drop, seen, example.values), None) for drop in seen.drops]
-    if all(best):
-        chosen, why = prove([branch for branch, _ in best])
+        def disprove(branches: list[Branch], by_row: set) -> str | None:
+            masks = {call: (some if call in by_row else none)[call] for call in calls}
+            return example.disprove(Plan(tuple(branches), rows), masks)
+
+        if why := disprove(branches, set()):
+            return branches, why
+        for i, (branch, call) in enumerate(zip(branches, calls, strict=True)):
+            norms = example.norms_of(Plan((branch,), rows), {call: none[call]})
+            branches = [*branches[:i], branch._replace(norms=norms), *branches[i + 1 :]]
+        by_row = {c for c, b in zip(calls, branches, strict=True) if not (whole or (whole is None and b.norms))}
+        if by_row and (why := disprove(branches, by_row)):
+            return branches, why
+        for i, branch in enumerate(branches):
+            empty = [*branches[:i], branch._replace(empty_on=device), *branches[i + 1 :]]
+            if not branch.alone and not disprove(empty, set()):
+                branches = empty
+        return branches, None
+
+    options = [list(_options(drop, seen, example.values)) for drop in seen.drops]
+    if all(options):
+        branches, why = prove([best for (best, _), *_ in options])
         if not why:
-            return Plan(tuple(chosen), rows), {
-                c: f"only part of its branch: not {names}" for c, (_, names) in zip(some, best) if names
-            }
+            left = {call: f"not {names}" for call, ((_, names), *_) in zip(some, options, strict=True) if names}
+            return Plan(tuple(branches), rows), left
     chosen, left = [], {}
-    for call, drop in zip(some, seen.drops, strict=True):
-        left[call] = "nothing is computed for it alone"
-        for branch, names in _options(drop, seen, example.values):
+    for call, of_drop in zip(some, options, strict=True):
+        for branch, names in of_drop:
             branches, why = prove([branch])
             if why:
-                left[call] = why
+                left.setdefault(call, why)
                 continue
             chosen += branches
+            left.pop(call, None)
             if names:
-                left[call] = f"{names} {left[call]}"
-            else:
-                del left[call]
+                left[call] = f"not {names}"
             break
+        else:
+            left.setdefault(call, "nothing is computed for it alone")
     if chosen and (why := prove(chosen)[1]):
         chosen, left = [], dict.fromkeys(some, why)
     return Plan(tuple(chosen), rows), left
@@ -91,9 +98,7 @@ def _options(drop: Drop, seen: Observed, values: list[torch.Tensor]) -> Iterator
     kinds.append((calls, entries(drop, calls, seen, alone=True), True))
     kinds += [(calls[start:], entries(drop, calls[start:], seen), False) for start in range(1, len(calls))]
     for branch, begin, alone in kinds:
-        names = {call.child for call in branch}
-        norms = tuple(norm for norm in seen.norms if any(f"{norm}.".startswith(f"{name}.") for name in names))
         skipped = begin if alone else {(call.child, call.number) for call in branch}
         left = ", ".join(call.child for call in calls if (call.child, call.number) not in skipped)
         if begin:
-            yield Branch(drop.name, drop.number, begin, alone, (samples, drop.rows), None, norms), left
+            yield Branch(drop.name, drop.number, begin, alone, (samples, drop.rows)), left

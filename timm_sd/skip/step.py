@@ -4,12 +4,13 @@ A forward pre-hook takes the kept rows of what enters a branch, and the drop pat
 zeros. Every module is called in every step, with as many rows as there are samples to compute, which may be none.
 """
 
+import enum
+import functools
 import operator
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -53,7 +54,7 @@ class DropPathGate(Gate):
         """The rows to keep of `size`, and the factor to scale them by."""
         p = self.survival
         if not 0 <= p <= 1:
-            raise RuntimeError(f"a drop path's {self.kind.attribute} makes its survival probability {p:g}")
+            raise RuntimeError(f"a drop path's {self.kind.attribute} is {getattr(self.drop_path, self.kind.attribute)}")
         rows = self.draw_count(size) if self.mode == "count" else self.draw(size)
         if self.mode == "batch":
             rows = torch.arange(size if rows else 0)
@@ -79,8 +80,8 @@ class Branch(NamedTuple):
     entries: Calls
     alone: bool
     per_sample: tuple[int, int]
-    empty_on: str | None
-    norms: tuple[str, ...]
+    empty_on: str | None = None
+    norms: tuple[str, ...] = ()
 
 
 class Plan(NamedTuple):
@@ -93,11 +94,14 @@ class Plan(NamedTuple):
 def kind_of_call(args: tuple, kwargs: dict) -> tuple[object, list[Tensor]]:
     """What must be as in the example for a plan to hold, and the tensors of a call.
 
-    That is the structure of the arguments, the dimensions of tensors, the types of numbers, and other values.
+    That is the structure of the arguments, the dimensions of tensors, and other values; numbers are free, except that
+    rows of one frame or window each are not those of several.
     """
     values, structure = tree_flatten((args, kwargs))
+    kept = (bool, str, enum.Enum, type(None))
     kinds = (
-        x.ndim if isinstance(x, Tensor) else x if x is None or isinstance(x, (bool, str)) else type(x) for x in values
+        x.ndim if isinstance(x, Tensor) else x if isinstance(x, kept) else (type(x), type(x) is int and x == 1)
+        for x in values
     )
     return (structure, *kinds), [x for x in values if isinstance(x, Tensor)]
 
@@ -114,27 +118,27 @@ def rows_of_call(values: list[Tensor]) -> tuple[bool | None, ...]:
 
 
 class Open(NamedTuple):
-    """A branch that has begun: the rows that are computed, None for all, and how many of them count."""
+    """A branch that has begun: the rows that are kept, those that are computed, each None for all, and their scale."""
 
-    rows: Tensor | None
-    kept: int
+    kept: Tensor | None
+    computed: Tensor | None
     size: int
     scale: float
 
-    def take(self, x: Tensor, group: int = 1) -> Tensor:
-        """The rows of x, in which a sample has several adjacent ones (such as its windows)."""
-        return (
-            take_rows(x, self.rows) if group == 1 else take_rows(x.unflatten(0, (-1, group)), self.rows).flatten(0, 1)
-        )
-
-    def put(self, x: Tensor, group: int = 1, scale: float = 1.0) -> Tensor:
-        """The rows that count among zeros."""
-        rows = self.rows[: self.kept]
-        if self.kept < len(self.rows):
-            x = x[: self.kept * group]
+    def take(self, x: Tensor, group: int) -> Tensor:
+        """The rows of x that are computed; a sample may have a group of adjacent rows, such as its windows."""
         if group == 1:
-            return put_rows(x, rows, self.size, scale)
-        return put_rows(x.unflatten(0, (self.kept, group)), rows, self.size, scale).flatten(0, 1)
+            return take_rows(x, self.computed)
+        return take_rows(x.unflatten(0, (self.size, group)), self.computed).flatten(0, 1)
+
+    def put(self, x: Tensor, scale: float) -> Tensor:
+        """The rows that are kept, of those computed, among zeros."""
+        group = 1 if torch.compiler.is_compiling() or not len(self.computed) else len(x) // len(self.computed)
+        if len(self.computed) > len(self.kept):
+            x = x[: len(self.kept) * group]
+        if group == 1:
+            return put_rows(x, self.kept, self.size, scale)
+        return put_rows(x.unflatten(0, (len(self.kept), group)), self.kept, self.size, scale).flatten(0, 1)
 
 
 class Pass:
@@ -142,12 +146,12 @@ class Pass:
 
     def __init__(self, plan: Plan, block: nn.Module, inputs: list[Tensor] | None) -> None:
         self.branches = plan.branches
-        self.gates = [_gate(block, branch) for branch in plan.branches]
+        # None for a drop path that has been replaced
+        self.gates = [getattr(block.get_submodule(b.drop_path), gate_name(b.call), None) for b in plan.branches]
         self.part = inputs is None  # of the block, computed again
         self.inputs = inputs or []
         self.calls: Counter[str] = Counter()
         self.open: dict[int, Open] = {}
-        self.groups: dict[str, int] = {}
         self.taken, self.put = [], [_node(x) for x in self.inputs]
 
     def count(self, name: str) -> tuple[str, int]:
@@ -156,65 +160,81 @@ class Pass:
         return name, self.calls[name] - 1
 
     def branch(self, call: tuple[str, int]) -> int | None:
-        """The index of the branch that has this call as an entry or its end; None if it cannot be skipped now."""
-        for index, branch in enumerate(self.branches):
+        """The index of the branch that begins or ends with this call; None if it cannot be skipped now."""
+        for index, (branch, gate) in enumerate(zip(self.branches, self.gates, strict=True)):
             if call in branch.entries or call == (branch.drop_path, branch.call):
-                gate = self.gates[index]  # None if the drop path has been replaced
                 return index if gate is not None and gate.can_close() else None
         return None
 
     def begin(self, index: int, x: Tensor, group: int) -> Open:
-        """Draw the gate of a branch that begins with x, of which a sample has `group` rows."""
+        """Draw the gate of a branch that begins with x, of which a sample has a group of rows."""
         branch, size = self.branches[index], len(x)
         if group != 1:
             samples, rows = branch.per_sample
             size = samples_of_call(self.inputs) * rows // samples
         rows, scale = self.gates[index].draw_rows(size)
-        kept = len(rows)
-        if kept == size:
-            return Open(None, size, size, scale)
-        if kept == 0 and branch.empty_on != x.device.type:
-            rows = torch.zeros(1, dtype=torch.long)
-        elif kept == 1:  # a single row might be broadcast where it does not belong
-            rows = torch.cat((rows, (rows + 1) % size))
-        return Open(rows.to(x.device, non_blocking=True), kept, size, scale)
+        if len(rows) == size:
+            return Open(None, None, size, scale)
+        rows = computed = rows.to(x.device, non_blocking=True)
+        if len(rows) == 0 and (branch.empty_on is None or x.device.type not in (branch.empty_on, "meta")):
+            computed = rows.new_zeros(1)
+        elif len(rows) == 1:  # a single row might be broadcast where it does not belong
+            computed = torch.cat((rows, (rows + 1) % size)) if size > 2 else None
+        return Open(rows, computed, size, scale)
 
     def take(self, call: tuple[str, int], index: int, values: list) -> None:
-        """Take the kept rows of some of the arguments of a call."""
+        """Take the rows that are computed of some of the arguments of a call."""
         for position, group in self.branches[index].entries[call].items():
             x = values[position]
             if index not in self.open:
                 self.open[index] = self.begin(index, x, group)
             opened = self.open[index]
-            if opened.rows is None:
+            if opened.computed is None:
                 return
-            if not torch.compiler.is_compiling() or group != 1:  # there, a check would make the size a constant
+            if group != 1 or not torch.compiler.is_compiling():  # there, a check would make the size a constant
                 group, rest = divmod(len(x), opened.size)
                 if rest:
                     raise RuntimeError(f"{len(x)} rows enter the branch of {self.branches[index].drop_path}")
             values[position] = opened.take(x, group)
-            self.groups[call[0]] = group
-            if call != BLOCK:
-                self.taken.append(_node(values[position]))
+            self.taken.append(_node(values[position]))
 
     def end(self, index: int, x: Tensor) -> Tensor:
-        """The output of a drop path at the end of a branch."""
-        branch, opened = self.branches[index], self.open[index]
+        """The output of a drop path, where its branch ends."""
+        branch, opened = self.branches[index], self.open.get(index)
+        if opened is None:  # a child has been replaced, so it did not begin
+            if self.part:
+                raise RuntimeError(
+                    f"{branch.drop_path} is checkpointed without all of its branch: checkpoint the block"
+                )
+            if branch.entries:
+                _warn(f"the branch of {branch.drop_path} is computed in full: where it began, a module was replaced")
+            opened = self.begin(index, x, 1)._replace(computed=None)
         if BLOCK in branch.entries:
-            return x if opened.scale == 1 else x * opened.scale
-        del self.open[index]
-        if opened.rows is None:
             y = x if opened.scale == 1 else x * opened.scale
         else:
-            if branch.alone:
-                x = opened.take(x)
-            elif not torch.compiler.is_compiling() and len(x) != len(opened.rows):
-                raise RuntimeError(
-                    f"{len(x)} rows reach {branch.drop_path}, whose branch began with {len(opened.rows)}"
-                )
-            y = opened.put(x, scale=opened.scale)
+            self.open.pop(index, None)
+            if opened.kept is None:
+                y = x if opened.scale == 1 else x * opened.scale
+            elif opened.computed is None or branch.alone:
+                y = put_rows(take_rows(x, opened.kept), opened.kept, opened.size, opened.scale)
+            elif not torch.compiler.is_compiling() and len(x) != len(opened.computed):
+                raise RuntimeError(f"{len(x)} rows reach {branch.drop_path}, but {len(opened.computed)} were taken")
+            else:
+                y = opened.put(x, opened.scale)
         self.put.append(_node(y))
         return y
+
+    def end_of_block(self, index: int, output: Tensor) -> Tensor:
+        """The output of a block that is a branch as a whole, in which dropped samples are passed on."""
+        opened, node = self.open.pop(index), _node(output)
+        if opened.kept is None:
+            return output
+        if opened.computed is not None and node is not None:
+            added = {self.taken[0], self.put[-1]} == {parent for parent, _ in node.next_functions}
+            if not added or "Add" not in node.name():
+                raise RuntimeError("a block does more than to add the output of its drop path to its input")
+        output = output[: len(opened.kept)] if opened.computed is not None else take_rows(output, opened.kept)
+        return self.inputs[0].to(output.dtype).index_copy(0, opened.kept, output)
 
     def leaks(self, output: object) -> bool:
         """Whether rows that were taken reach the block's output other than through a drop path, by the graph."""
@@ -239,19 +259,22 @@ class Passes(threading.local):
 
 
 class Skipping:
-    """The hooks of a block, which follow its plans, one for each `kind_of_call`."""
+    """What a block's hooks follow: its plan for each `kind_of_call`."""
 
-    def __init__(self, block: nn.Module, plans: dict[object, Plan]) -> None:
-        self.block, self.plans = block, plans
+    def __init__(self, block: nn.Module, plans: dict[object, Plan], compiles: bool) -> None:
+        self.block, self.plans, self.compiles = block, plans, compiles
         self.passes = Passes()
         self.traced: list[Pass | None] = []  # torch.compile cannot see what belongs to a thread
 
     def __getstate__(self) -> dict:
         """Copies and pickles made during a pass begin anew."""
-        return dict(block=self.block, plans=self.plans)
+        return dict(block=self.block, plans=self.plans, compiles=self.compiles)
 
     def __setstate__(self, state: dict) -> None:
         self.__init__(**state)
+
+    def branches(self) -> list[Branch]:
+        return [branch for plan in self.plans.values() for branch in plan.branches]
 
     def stack(self) -> list[Pass | None]:
         """The passes of the block that this thread is in, the innermost last."""
@@ -259,7 +282,7 @@ class Skipping:
 
     def new_pass(self, args: tuple, kwargs: dict) -> Pass | None:
         """A pass of the block, None if it skips nothing."""
-        names = dict.fromkeys(branch.drop_path for plan in self.plans.values() for branch in plan.branches)
+        names = {branch.drop_path: None for branch in self.branches()}
         gates = (gate for name in names for gate in operator.attrgetter(name)(self.block).children())
         if not any(gate.can_close() for gate in gates) or _in_vmap():
             return None
@@ -267,65 +290,75 @@ class Skipping:
         plan = self.plans.get(kind)
         if plan is None or not _fits(plan, values):
             _warn(f"{type(self.block).__name__} computes what its drop paths drop: the example had no such call")
-            return None
+            plan = Plan(tuple(branch._replace(entries={}) for branch in self.branches()), ())
         return Pass(plan, self.block, values)
 
     def current(self, name: str) -> Pass | None:
         """The pass in which a child is called, None if nothing is skipped in it."""
-        if torch.compiler.is_compiling():
-            return self.traced[-1] if self.traced else None
-        if self.passes.stack:
-            return self.passes.stack[-1]
+        stack = self.stack()
+        if stack or torch.compiler.is_compiling():
+            return stack[-1] if stack else None
         if torch._C._current_graph_task_id() == -1:  # called from outside of the block
             return None
         # In a backward pass, a part of the block that it has checkpointed is computed again.
-        again = self.passes.again
-        if again is None or again.calls[name]:
-            again = self.passes.again = Pass(self.only_plan(), self.block, None)
-        return again
+        if self.passes.again is None or self.passes.again.calls[name]:
+            plan, *others = self.plans.values()
+            calls = [call for b in plan.branches for call in (*b.entries, (b.drop_path, b.call))]
+            if others or any(number for _, number in calls):
+                raise RuntimeError("a part of a block that calls a module twice is checkpointed: checkpoint the block")
+            self.passes.again = Pass(plan, self.block, None)
+        return self.passes.again
 
     @torch.compiler.disable
     def is_closed(self, norm: str) -> bool:
         """Whether a normalization is called in a branch that keeps no sample."""
         current = self.current(norm)
         opened = current.open.items() if current is not None else ()
-        return any(branch.kept == 0 and norm in current.branches[index].norms for index, branch in opened)
-
-    def empties(self, norm: str, device: str) -> bool:
-        """Whether a normalization gets no rows at all on this type of device if its branch keeps no sample."""
-        branches = (branch for plan in self.plans.values() for branch in plan.branches)
-        return all(branch.empty_on == device for branch in branches if norm in branch.norms)
-
-    def only_plan(self) -> Plan:
-        """The plan of a block that is called in one way and calls each child once, so that a part of it is enough."""
-        plan, *others = self.plans.values()
-        calls = [(branch.drop_path, branch.call) for branch in plan.branches]
-        if others or any(
-            number for _, number in [*calls, *(call for branch in plan.branches for call in branch.entries)]
-        ):
-            raise RuntimeError(f"{type(self.block).__name__} checkpoints a part of itself: checkpoint the whole block")
-        return plan
+        return any(
+            of.kept is not None and not len(of.kept) and norm in current.branches[index].norms for index, of in opened
+        )
 
 
-# The hooks, which find what they follow in attributes of the modules: torch.compile would compile a block anew for a
-# function that belongs to another block. `block.skipping` is a block's `Skipping`; `child.skipped` has that, and the
-# child's name, for children where branches begin, drop paths and normalizations.
+def hook(function: Callable) -> Callable:
+    """A hook that torch.compile does not look into if the host reads a gate: in modes "row" and "batch".
+
+    In a compiled region, a gate's value would become part of the graph: one graph for each pattern of gates.
+    """
+    not_compiled = torch.compiler.disable(function)
+
+    @functools.wraps(function)
+    def called(module: nn.Module, *args: object, **kwargs: object) -> object:
+        skipping = vars(module).get("skipping") or module.skipped[0]
+        chosen = function if skipping.compiles or not torch.compiler.is_compiling() else not_compiled
+        return chosen(module, *args, **kwargs)
+
+    return called
 
 
+# Hooks find what they follow in attributes of the modules: torch.compile compiles a block anew for a function that
+# belongs to another. A block has `skipping`; children where branches begin, drop paths and normalizations have
+# `skipped`, the block's `Skipping` and their name in it.
+
+
+@hook
 def begin(block: nn.Module, args: tuple, kwargs: dict) -> None:
     """Forward pre-hook on the block."""
+    if getattr(block, "_is_replica", False) and any(branch.norms for branch in block.skipping.branches()):
+        raise RuntimeError(
+            "batch normalization in a branch does not work with DataParallel: use DistributedDataParallel"
+        )
     block.skipping.stack().append(block.skipping.new_pass(args, kwargs))
 
 
+@hook
 def end(block: nn.Module, args: tuple, output: object) -> Tensor | None:
     """Forward hook on the block, called even if its forward method raises an exception (then without output)."""
     current = block.skipping.stack().pop()
     if current is None or output is None:
         return None
     whole = current.branch(BLOCK)
-    if whole is not None and (opened := current.open.pop(whole)).rows is not None:
-        x = current.inputs[0].to(output.dtype)
-        return x.index_copy(0, opened.rows[: opened.kept], output[: opened.kept])
+    if whole is not None and whole in current.open:
+        return current.end_of_block(whole, output)
     if current.open:
         names = ", ".join(current.branches[index].drop_path for index in current.open)
         raise RuntimeError(f"{type(block).__name__}: rows were taken for {names}, which was not called")
@@ -334,14 +367,13 @@ def end(block: nn.Module, args: tuple, output: object) -> Tensor | None:
     return None
 
 
+@hook
 def enter(child: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     """Forward pre-hook where branches begin: take the kept rows of what comes from outside."""
     skipping, name = child.skipped
     current = skipping.current(name)
-    if current is None:
-        return None
-    call = current.count(name)
-    index = current.branch(call)
+    call = current.count(name) if current is not None else None
+    index = current.branch(call) if current is not None else None
     if index is None:
         return None
     values, structure = tree_flatten((args, kwargs))
@@ -349,48 +381,37 @@ def enter(child: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | N
     return tree_unflatten(values, structure)
 
 
+@hook
 def give_back(child: nn.Module, args: tuple, output: object) -> object:
     """Forward hook on a child that is computed alone: put its rows back at once."""
     skipping, name = child.skipped
     current = skipping.current(name)
-    index = None if current is None else current.branch((name, current.calls[name] - 1))
-    if index is None or not current.branches[index].alone or (opened := current.open[index]).rows is None:
+    index = current.branch((name, current.calls[name] - 1)) if current is not None else None
+    if index is None or not current.branches[index].alone or current.open[index].computed is None:
         return None
-    computed = len(opened.rows)
-
-    def put(y: object) -> object:
-        group = len(y) // computed if computed else current.groups[name]
-        return opened.put(y, group)
-
-    return tree_map(lambda y: put(y) if isinstance(y, Tensor) else y, output)
+    return tree_map(lambda y: current.open[index].put(y, 1.0) if isinstance(y, Tensor) else y, output)
 
 
-def leave(drop_path: nn.Module, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+@hook
+def leave(drop_path: nn.Module, *args: object, **kwargs: object) -> Tensor:
     """The forward method of a drop path: put the branch's rows back among zeros."""
     skipping, name = drop_path.skipped
     current = skipping.current(name)
-    index = None if current is None else current.branch(current.count(name))
-    if index is not None and index in current.open:
-        return current.end(index, x)
-    if index is not None and current.part:
-        raise RuntimeError(f"{name} is in a part of a block that is checkpointed, but not its branch: checkpoint both")
-    return type(drop_path).forward(drop_path, x, *args, **kwargs)
+    index = current.branch(current.count(name)) if current is not None else None
+    if index is None:
+        return type(drop_path).forward(drop_path, *args, **kwargs)
+    return current.end(index, *args[:1] or kwargs.values())
 
 
 def normalize(norm: nn.Module, x: Tensor, *args: object, **kwargs: object) -> object:
     """The forward method of a normalization over the batch: without samples, it keeps its statistics."""
     skipping, name = norm.skipped
-    if len(x) == 0 or (not skipping.empties(name, x.device.type) and skipping.is_closed(name)):
+    empty = all(branch.empty_on == x.device.type for branch in skipping.branches() if name in branch.norms)
+    if len(x) == 0 or (not empty and skipping.is_closed(name)):
         frozen = object.__new__(type(norm))  # other threads would see a flag set in the module
         frozen.__dict__ = norm.__dict__ | {"training": False}
         norm = frozen
     return type(norm).forward(norm, x, *args, **kwargs)
-
-
-# In modes "row" and "batch" the host reads the gates. In a compiled region, their values would become part of the
-# graph: one graph for each pattern of gates.
-HOOKS = begin, end, enter, give_back, leave
-NOT_COMPILED = tuple(map(torch.compiler.disable, HOOKS))
 
 
 def gate_name(call: int) -> str:
@@ -403,10 +424,6 @@ def _node(x: Tensor) -> object:
     return None if torch.compiler.is_compiling() else x.grad_fn
 
 
-def _gate(block: nn.Module, branch: Branch) -> DropPathGate | None:
-    return getattr(operator.attrgetter(branch.drop_path)(block), gate_name(branch.call), None)
-
-
 def _fits(plan: Plan, values: list[Tensor]) -> bool:
     """Whether the tensors of a call have rows where those of the example did."""
     if torch.compiler.is_compiling():
@@ -417,9 +434,7 @@ def _fits(plan: Plan, values: list[Tensor]) -> bool:
 
 def _in_vmap() -> bool:
     """Whether torch.func.vmap is active, in which the number of rows cannot depend on the sample."""
-    if torch.compiler.is_compiling():
-        return False
-    levels = torch._C._functorch.get_interpreter_stack() or ()
+    levels = () if torch.compiler.is_compiling() else torch._C._functorch.get_interpreter_stack() or ()
     return any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels)
 
 
@@ -439,23 +454,35 @@ def install(
         plans: A plan for each `kind_of_call`.
         modes: The mode of each call of a drop path that has a branch, by the drop path's name and number of the call.
     """
-    begin, end, enter, give_back, leave = HOOKS if set(modes.values()) == {"count"} else NOT_COMPILED
-    branches = [branch for plan in plans.values() for branch in plan.branches]
-    entered = {child: branch.alone for branch in branches for child, _ in branch.entries}
-    block.skipping = Skipping(block, plans)
+    block.skipping = skipping = Skipping(block, plans, set(modes.values()) == {"count"})
     block.register_forward_pre_hook(begin, with_kwargs=True)
     block.register_forward_hook(end, always_call=True)
-    for name in {*entered, *(name for name, _ in modes), *(norm for branch in branches for norm in branch.norms)}:
-        block.get_submodule(name).skipped = block.skipping, name
-    for child, alone in entered.items():
-        block.get_submodule(child).register_forward_pre_hook(enter, with_kwargs=True)
+    for child, alone in {child: branch.alone for branch in skipping.branches() for child, _ in branch.entries}.items():
+        module = block.get_submodule(child)
+        module.skipped = skipping, child
+        module.register_forward_pre_hook(enter, with_kwargs=True)
         if alone:
-            block.get_submodule(child).register_forward_hook(give_back)
+            module.register_forward_hook(give_back)
     for (name, call), mode in modes.items():
         drop_path = block.get_submodule(name)
-        drop_path.forward = partial(leave, drop_path)
+        drop_path.skipped, drop_path.forward = (skipping, name), functools.partial(leave, drop_path)
         drop_path.add_module(
             gate_name(call), DropPathGate(drop_path, kinds[name], call, mode).train(drop_path.training)
         )
-    for norm in {block.get_submodule(norm) for branch in branches for norm in branch.norms}:
-        norm.forward = partial(normalize, norm)
+    for name in {name for branch in skipping.branches() for name in branch.norms}:
+        norm = block.get_submodule(name)
+        norm.skipped, norm.forward = (skipping, name), functools.partial(normalize, norm)
+
+
+def uninstall(module: nn.Module) -> None:
+    """Remove from a module what `install` has added."""
+    if getattr(vars(module).get("forward"), "func", None) in (leave, normalize):
+        del module.forward
+    for name in {"skipping", "skipped"} & vars(module).keys():
+        delattr(module, name)
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key in [key for key, each in hooks.items() if each in (begin, end, enter, give_back)]:
+            for of_kind in (hooks, module._forward_pre_hooks_with_kwargs, module._forward_hooks_always_called):
+                of_kind.pop(key, None)
+    for name in [name for name, child in module.named_children() if isinstance(child, DropPathGate)]:
+        delattr(module, name)
