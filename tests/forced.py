@@ -2,6 +2,7 @@
 
 import copy
 from collections import Counter
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from unittest import mock
 
@@ -38,20 +39,20 @@ def gated_calls(converted):
     return {(names[gate.drop_path], gate.call): gate for gate in gates(converted)}
 
 
-def force(plain, converted, kept):
-    """Let a plain model drop, at each call of a drop path, the samples that the gate of this call drops.
+@contextmanager
+def forced(plain, converted, kept):
+    """Let a plain model drop, at each call of a drop path, the rows that the gate of this call drops.
 
-    Kept samples are multiplied by 1 / p, or by B / k in mode "count". Calls without a gate drop nothing.
+    Kept rows are multiplied by 1 / p, or by B / k in mode "count". Calls without a gate drop nothing.
 
     Args:
-        plain: timm's model, changed in place until it is forced again.
+        plain: timm's model.
         converted: The same model converted, which says which calls have gates, and in which mode.
         kept: For each gate, which rows it keeps.
     """
-    rules, counts = dict(zip(gated_calls(converted).items(), kept, strict=True)), Counter()
-    rules = {call: (gate, mask) for (call, gate), mask in rules.items()}
+    rules, counts = dict(zip(gated_calls(converted), zip(gates(converted), kept, strict=True), strict=True)), Counter()
 
-    def forced(name, drop_path, x):
+    def forward(name, drop_path, x):
         gate, mask = rules.get((name, counts[name]), (None, None))
         counts[name] += 1
         if gate is None:
@@ -60,9 +61,13 @@ def force(plain, converted, kept):
         scale = 1 / share if drop_path.scale_by_keep and share else 1.0
         return x * (scale * mask).to(x).view(-1, *[1] * (x.ndim - 1))
 
-    for name, module in plain.named_modules():
-        if isinstance(module, DropPath):
-            module.forward = partial(forced, name, module)
+    with ExitStack() as stack:
+        stack.enter_context(plain.register_forward_pre_hook(lambda *_: counts.clear()))
+        for name, drop_path in plain.named_modules():
+            if isinstance(drop_path, DropPath):
+                drop_path.forward = partial(forward, name, drop_path)
+                stack.callback(vars(drop_path).pop, "forward")
+        yield
 
 
 def results(model, *args, **kwargs):
@@ -115,11 +120,12 @@ def provide(converted, kept):
 
 def assert_drops_as_plain(plain, converted, kept, *args, tolerance=1e-6, **kwargs):
     """Compare a converted model with the plain one; `kept` says which rows each gate keeps."""
-    force(plain, converted, kept)
-    expected = results(plain, *args, **kwargs)
+    with forced(plain, converted, kept):
+        expected = results(plain, *args, **kwargs)
     provide(converted, kept)
     with mock.patch.object(DropPath, "forward", nn.Identity.forward):  # calls without a gate drop nothing
         found = results(converted, *args, **kwargs)
+    provide(converted, [None] * len(kept))
     assert_same(found, expected, tolerance)
 
 
@@ -131,7 +137,7 @@ PATTERNS = dict(
 )
 
 
-def check(plain, converted, *args, **kwargs):
+def check(plain, converted, *args, tolerance=1e-6, **kwargs):
     """Compare a converted model with the plain one while each gate keeps some samples, one, none or all in turn."""
     rows, generator = drop_path_calls(copy.deepcopy(plain), *args, **kwargs), torch.Generator().manual_seed(3)
     for turn in range(max(len(PATTERNS[gate.mode]) for gate in gates(converted))):
@@ -140,5 +146,4 @@ def check(plain, converted, *args, **kwargs):
             patterns = PATTERNS[gate.mode]
             k = patterns[(index + turn) % len(patterns)](rows[call], gate.survival)
             kept.append(torch.randperm(rows[call], generator=generator) < k)
-        assert_drops_as_plain(plain, converted, kept, *args, **kwargs)
-    provide(converted, [None] * len(kept))
+        assert_drops_as_plain(plain, converted, kept, *args, tolerance=tolerance, **kwargs)

@@ -200,7 +200,7 @@ def _prepared(model: nn.Module, inputs: Any, mode: str, drop_paths: Callable) ->
     double = copy.deepcopy(model).double()
     try:
         with _Types() as types:
-            _run(double, _cast(inputs, torch.float64), drop_paths)
+            _run(copy.deepcopy(double), _cast(inputs, torch.float64), drop_paths)
     except RuntimeError:  # tensors that are made in float32 meet float64
         return model, inputs, 1e-3
     return double, _cast(inputs, torch.float64), 1e-4 if torch.float32 in types.seen else 1e-6

@@ -363,6 +363,8 @@ def test_settings_of_instances_are_not_confused():
 def test_converted(name):
     module, kind = copy.deepcopy(ACCEPTED[name])
     module.forward = partial(raises, threading.Lock())  # neither called nor copied
+    assert kind_of(module) is None, "not the class's own"
+    module.skipped = ("as skip_drop_path", "marks it")
     module.gates = nn.ModuleList()  # any other child is not a gate
     assert not looks_like_drop_path(module)
     del module.gates
@@ -373,7 +375,7 @@ def test_converted(name):
 
 def test_converted_is_still_tried():
     module = make(twice_in_training, drop_prob=0.1)
-    module.forward = partial(bernoulli, module)
+    module.forward, module.skipped = partial(bernoulli, module), ("as skip_drop_path", "marks it")
     module.gate = Gate()
     assert kind_of(module) is None
 

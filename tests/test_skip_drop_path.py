@@ -15,7 +15,7 @@ import pytest
 import timm
 import timm_blocks
 import torch
-from forced import assert_drops_as_plain, check, drop_path_calls, force, gated_calls
+from forced import assert_drops_as_plain, check, drop_path_calls, forced, gated_calls
 from timm.layers import DropPath
 from timm.models.vision_transformer import Block
 from torch import fx, nn
@@ -272,9 +272,8 @@ def test_batch_norms_in_a_dropped_branch_keep_their_statistics(name):
     plain, x = small(name), images(name)
     model, before = skip_drop_path(copy.deepcopy(plain), "batch", strict=True), copy.deepcopy(plain)
     values = (torch.arange(len(gates(model))) % 2 == 0).unsqueeze(1).expand(-1, len(x))
-    force(plain, model, values)
-    plain(x)
-    with use_gates(model, values):
+    with forced(plain, model, values), use_gates(model, values):
+        plain(x)
         model(x)
     names = {module: name for name, module in model.named_modules()}
     closed = [names[gate.drop_path].rpartition(".")[0] for gate in gates(model)[1::2]]

@@ -153,8 +153,8 @@ def draw_gates(
     for row, (each, p) in enumerate(zip(modes, probabilities.tolist(), strict=True)):
         if each == "count":
             drawn[row] = uniform[row].argsort().argsort() < kept(batch_size, p)
-        elif each == "batch":
-            drawn[row] = drawn[row, 0].clone()
+        elif each == "batch":  # the same for any batch size
+            drawn[row] = np.random.default_rng([seed, step, row]).random() < p
     return drawn
 
 

@@ -31,16 +31,21 @@ zero_gradients = _ZeroGradients.apply
 # `x[rows]` would be slower: its backward pass sorts. `index_select` and `index_add_` do not keep channels_last.
 
 
+def is_channels_last(x: Tensor) -> bool:
+    """Whether the channels of images or videos are innermost in memory."""
+    return x.ndim > 3 and x.stride(1) == 1
+
+
 def take_rows(x: Tensor, rows: Tensor) -> Tensor:
     """x[rows], in the memory format of x."""
-    if x.ndim > 3 and x.stride(1) == 1:
+    if is_channels_last(x):
         return x.movedim(1, -1).index_select(0, rows).movedim(-1, 1)
     return x.index_select(0, rows)
 
 
-def put_rows(x: Tensor, rows: Tensor, size: int, scale: float = 1.0) -> Tensor:
-    """scale * x as these rows of a tensor of zeros of shape (size, ...), in the memory format of x."""
-    if x.ndim > 3 and x.stride(1) == 1:
+def put_rows(x: Tensor, rows: Tensor, size: int, scale: float = 1.0, channels_last: bool = False) -> Tensor:
+    """scale * x as these rows of a tensor of zeros of shape (size, ...), in the memory format of x, or channels_last."""
+    if is_channels_last(x) or (channels_last and x.ndim > 3):
         x = x.movedim(1, -1)
         return x.new_zeros(size, *x.shape[1:]).index_add_(0, rows, x, alpha=scale).movedim(-1, 1)
     return x.new_zeros(size, *x.shape[1:]).index_add_(0, rows, x, alpha=scale)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from ..gate import Gate
-from ..rows import put_rows, take_rows
+from ..rows import is_channels_last, put_rows, take_rows
 from .branches import Calls, tensors
 from .drop_paths import Kind, drop_probability
 
@@ -103,7 +103,7 @@ def kind_of_call(args: tuple, kwargs: dict) -> tuple[object, list[Tensor]]:
         x.ndim if isinstance(x, Tensor) else x if isinstance(x, kept) else (type(x), type(x) is int and x == 1)
         for x in values
     )
-    return (structure, *kinds), [x for x in values if isinstance(x, Tensor)]
+    return (repr(structure), *kinds), [x for x in values if isinstance(x, Tensor)]  # not hashable in PyTorch 2.7
 
 
 def samples_of_call(values: list[Tensor]) -> int:
@@ -118,12 +118,16 @@ def rows_of_call(values: list[Tensor]) -> tuple[bool | None, ...]:
 
 
 class Open(NamedTuple):
-    """A branch that has begun: the rows that are kept, those that are computed, each None for all, and their scale."""
+    """A branch that has begun: the rows that are kept, those that are computed, each None for all, and their scale.
+
+    Its input tells the memory format, which the output of a branch without rows does not have.
+    """
 
     kept: Tensor | None
     computed: Tensor | None
     size: int
     scale: float
+    channels_last: bool
 
     def take(self, x: Tensor, group: int) -> Tensor:
         """The rows of x that are computed; a sample may have a group of adjacent rows, such as its windows."""
@@ -137,7 +141,7 @@ class Open(NamedTuple):
         if len(self.computed) > len(self.kept):
             x = x[: len(self.kept) * group]
         if group == 1:
-            return put_rows(x, self.kept, self.size, scale)
+            return put_rows(x, self.kept, self.size, scale, self.channels_last and not len(self.computed))
         return put_rows(x.unflatten(0, (len(self.kept), group)), self.kept, self.size, scale).flatten(0, 1)
 
 
@@ -152,7 +156,7 @@ class Pass:
         self.inputs = inputs or []
         self.calls: Counter[str] = Counter()
         self.open: dict[int, Open] = {}
-        self.taken, self.put = [], [_node(x) for x in self.inputs]
+        self.taken, self.put = [], [node for x in self.inputs for node in _nodes(x)]
 
     def count(self, name: str) -> tuple[str, int]:
         """A call of a child, with its number."""
@@ -174,13 +178,13 @@ class Pass:
             size = samples_of_call(self.inputs) * rows // samples
         rows, scale = self.gates[index].draw_rows(size)
         if len(rows) == size:
-            return Open(None, None, size, scale)
+            return Open(None, None, size, scale, False)
         rows = computed = rows.to(x.device, non_blocking=True)
         if len(rows) == 0 and (branch.empty_on is None or x.device.type not in (branch.empty_on, "meta")):
             computed = rows.new_zeros(1)
         elif len(rows) == 1:  # a single row might be broadcast where it does not belong
             computed = torch.cat((rows, (rows + 1) % size)) if size > 2 else None
-        return Open(rows, computed, size, scale)
+        return Open(rows, computed, size, scale, is_channels_last(x))
 
     def take(self, call: tuple[str, int], index: int, values: list) -> None:
         """Take the rows that are computed of some of the arguments of a call."""
@@ -196,7 +200,7 @@ class Pass:
                 if rest:
                     raise RuntimeError(f"{len(x)} rows enter the branch of {self.branches[index].drop_path}")
             values[position] = opened.take(x, group)
-            self.taken.append(_node(values[position]))
+            self.taken += _nodes(values[position])
 
     def end(self, index: int, x: Tensor) -> Tensor:
         """The output of a drop path, where its branch ends."""
@@ -221,17 +225,18 @@ class Pass:
                 raise RuntimeError(f"{len(x)} rows reach {branch.drop_path}, but {len(opened.computed)} were taken")
             else:
                 y = opened.put(x, opened.scale)
-        self.put.append(_node(y))
+        self.left = _nodes(y)
+        self.put += self.left
         return y
 
     def end_of_block(self, index: int, output: Tensor) -> Tensor:
         """The output of a block that is a branch as a whole, in which dropped samples are passed on."""
-        opened, node = self.open.pop(index), _node(output)
+        opened, nodes = self.open.pop(index), _nodes(output)
         if opened.kept is None:
             return output
-        if opened.computed is not None and node is not None:
-            added = {self.taken[0], self.put[-1]} == {parent for parent, _ in node.next_functions}
-            if not added or "Add" not in node.name():
+        if opened.computed is not None and nodes and nodes[0] is not None:
+            added = {self.taken[0], self.left[0]} == {parent for parent, _ in nodes[0].next_functions}
+            if not added or "Add" not in nodes[0].name():
                 raise RuntimeError("a block does more than to add the output of its drop path to its input")
         output = output[: len(opened.kept)] if opened.computed is not None else take_rows(output, opened.kept)
         return self.inputs[0].to(output.dtype).index_copy(0, opened.kept, output)
@@ -419,9 +424,14 @@ def gate_name(call: int) -> str:
     return f"gate_{call}" if call else "gate"
 
 
-def _node(x: Tensor) -> object:
-    """The autograd node of a tensor. There is no graph yet while torch.compile traces."""
-    return None if torch.compiler.is_compiling() else x.grad_fn
+def _nodes(x: Tensor) -> list:
+    """The autograd node of a tensor and, if it is a view, of what it is a view of, since its own may change.
+
+    There is no graph yet while torch.compile traces.
+    """
+    if torch.compiler.is_compiling():
+        return []
+    return [x.grad_fn, x._base.grad_fn] if x._is_view() else [x.grad_fn]
 
 
 def _fits(plan: Plan, values: list[Tensor]) -> bool:
