@@ -5,6 +5,7 @@ from .gate import Gate, draw_gates, gates, use_gates
 from .skip.convert import restore_drop_path, skip_drop_path
 from .skip.drop_paths import register_drop_path
 from .skip.rates import set_drop_path
+from .skip.summary import summary
 from .stochastic_depth import StochasticDepth, survival_probabilities
 
 __version__ = "0.2.0"
@@ -20,6 +21,7 @@ __all__ = [
     "restore_drop_path",
     "set_drop_path",
     "skip_drop_path",
+    "summary",
     "survival_probabilities",
     "use_gates",
 ]

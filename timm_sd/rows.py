@@ -44,7 +44,7 @@ def take_rows(x: Tensor, rows: Tensor) -> Tensor:
 
 
 def put_rows(x: Tensor, rows: Tensor, size: int, scale: float = 1.0, channels_last: bool = False) -> Tensor:
-    """scale * x as these rows of a tensor of zeros of shape (size, ...), in the memory format of x, or channels_last."""
+    """scale * x as these rows of a tensor of zeros of shape (size, ...), in the memory format of x or channels_last."""
     if is_channels_last(x) or (channels_last and x.ndim > 3):
         x = x.movedim(1, -1)
         return x.new_zeros(size, *x.shape[1:]).index_add_(0, rows, x, alpha=scale).movedim(-1, 1)

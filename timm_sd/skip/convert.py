@@ -17,7 +17,7 @@ from .branches import children
 from .drop_paths import kind_of, looks_like_drop_path
 from .example import block_calls
 from .plans import plan_call
-from .step import Plan, install, uninstall
+from .step import Plan, gate_name, install, uninstall
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -73,7 +73,7 @@ def skip_drop_path(
     whole = True if mode == "batch" else False if mode != "auto" or allow_batch_norm else None
     plans, modes, left = defaultdict(dict), defaultdict(dict), defaultdict(list)
     with _same_randomness():
-        calls, others = block_calls(probe, blocks, example) if blocks else ([], {})
+        calls, others, flops = block_calls(probe, blocks, example) if blocks else ([], {}, {})
         for name, why in others.items():
             left[f"{type(probe.get_submodule(name)).__name__} ({why})"].append(name)
         known, owners = {}, {}
@@ -105,7 +105,13 @@ def skip_drop_path(
         raise ValueError(" ".join(messages))
     restore_drop_path(model)
     for name, of_block in modes.items():
-        install(model.get_submodule(name), blocks[name], plans[name], of_block)
+        block = model.get_submodule(name)
+        install(block, blocks[name], plans[name], of_block)
+        for branch in block.skipping.branches():
+            gate = getattr(block.get_submodule(branch.drop_path), gate_name(branch.call))
+            of_children = (flops.get(f"{name}.{child}".lstrip("."), 0) for child in branch.children)
+            gate.flops = sum(of_children) / (flops.get("", 0) or 1)
+    model.not_skipped = list(messages)
     chosen = [each for of_block in modes.values() for each in of_block.values()]
     if mode == "auto" and "batch" in chosen:
         count = f"{chosen.count('batch')} of {len(chosen)}" if "row" in chosen else f"all {len(chosen)}"
@@ -120,7 +126,7 @@ def skip_drop_path(
 def _complaints(model: nn.Module, kinds: dict, modes: dict, left: dict[str, list[str]]) -> list[str]:
     """What is not skipped, or why nothing is, in a sentence each."""
     if left:
-        reasons = "; ".join(f"{reason} in {', '.join(names)}" for reason, names in left.items())
+        reasons = "; ".join(f"{reason} in {', '.join(dict.fromkeys(names))}" for reason, names in left.items())
         return [f"computed in full, since skipping it could not be proven to be right: {reasons}"]
     others = {type(m).__name__ for m in model.modules() if m not in kinds and looks_like_drop_path(m)}
     if others:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
+from torch.utils.flop_counter import FlopCounterMode
 
 from .drop_paths import Kind
 from .proof import OWN
@@ -27,8 +28,8 @@ class BlockCall(NamedTuple):
 
 def block_calls(
     model: nn.Module, blocks: dict[str, dict[str, Kind]], example: object
-) -> tuple[list[BlockCall], dict[str, str]]:
-    """A training pass's calls of blocks, one of each kind and shape, and why other blocks cannot be learned from.
+) -> tuple[list[BlockCall], dict[str, str], dict[str, int]]:
+    """A training pass: its calls of blocks, one of each kind and shape, why other blocks are left, and modules' FLOPs.
 
     Args:
         model: The model, which the pass may change.
@@ -68,7 +69,7 @@ def block_calls(
         for found in (calls, few, used):
             found.clear()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), FlopCounterMode(display=False) as counter:
                 model(*args, **kwargs)
         except Exception as error:  # whatever a forward method raises for what it was not made for
             failed = failed or error
@@ -77,7 +78,8 @@ def block_calls(
         left = {
             name: "it is not called itself" for name, own in drop_paths.items() if name not in called and used & {*own}
         }
-        return [call for call in calls.values() if used & {*drop_paths[call.block]}], few | left
+        flops = {name.partition(".")[2]: sum(of.values()) for name, of in counter.get_flop_counts().items()}
+        return [call for call in calls.values() if used & {*drop_paths[call.block]}], few | left, flops
     what = "the example" if example is not None else "noise, so it needs an example="
     raise ValueError(
         f"the model does not run on {what} ({type(failed).__name__}: {failed})".splitlines()[0]

@@ -101,4 +101,5 @@ def _options(drop: Drop, seen: Observed, values: list[torch.Tensor]) -> Iterator
         skipped = begin if alone else {(call.child, call.number) for call in branch}
         left = ", ".join(call.child for call in calls if (call.child, call.number) not in skipped)
         if begin:
-            yield Branch(drop.name, drop.number, begin, alone, (samples, drop.rows)), left
+            names = tuple(dict.fromkeys(call.child for call in branch))
+            yield Branch(drop.name, drop.number, begin, alone, names, (samples, drop.rows)), left

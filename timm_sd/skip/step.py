@@ -40,6 +40,7 @@ class DropPathGate(Gate):
         self.kind, self.call = kind, call
         self.__dict__["drop_path"] = drop_path  # not a submodule: it is the parent
         self.samples = self.computed = 0  # so far
+        self.flops = 0.0  # of its branch, as a share of the model's
 
     @property
     def survival(self) -> float:
@@ -79,6 +80,7 @@ class Branch(NamedTuple):
     call: int
     entries: Calls
     alone: bool
+    children: tuple[str, ...]  # all that it calls
     per_sample: tuple[int, int]
     empty_on: str | None = None
     norms: tuple[str, ...] = ()
@@ -375,6 +377,9 @@ def end(block: nn.Module, args: tuple, output: object) -> Tensor | None:
 @hook
 def enter(child: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     """Forward pre-hook where branches begin: take the kept rows of what comes from outside."""
+    for other in child._forward_hooks.values():
+        if (getattr(other, "__module__", None) or "").partition(".")[0] in ("opacus", "backpack"):
+            raise RuntimeError("gradients of each sample need all samples: undo with timm_sd.restore_drop_path(model)")
     skipping, name = child.skipped
     current = skipping.current(name)
     call = current.count(name) if current is not None else None
@@ -488,7 +493,7 @@ def uninstall(module: nn.Module) -> None:
     """Remove from a module what `install` has added."""
     if getattr(vars(module).get("forward"), "func", None) in (leave, normalize):
         del module.forward
-    for name in {"skipping", "skipped"} & vars(module).keys():
+    for name in {"skipping", "skipped", "not_skipped"} & vars(module).keys():
         delattr(module, name)
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
         for key in [key for key, each in hooks.items() if each in (begin, end, enter, give_back)]:
