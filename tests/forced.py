@@ -137,9 +137,12 @@ PATTERNS = dict(
 )
 
 
-def check(plain, converted, *args, tolerance=1e-6, **kwargs):
-    """Compare a converted model with the plain one while each gate keeps some samples, one, none or all in turn."""
-    rows, generator = drop_path_calls(copy.deepcopy(plain), *args, **kwargs), torch.Generator().manual_seed(3)
+def check(plain, converted, *args, rows=None, tolerance=1e-6, **kwargs):
+    """Compare a converted model with the plain one while each gate keeps some samples, one, none or all in turn.
+
+    `rows` are the `drop_path_calls` of the plain model, if they are known.
+    """
+    rows, generator = rows or drop_path_calls(copy.deepcopy(plain), *args, **kwargs), torch.Generator().manual_seed(3)
     for turn in range(max(len(PATTERNS[gate.mode]) for gate in gates(converted))):
         kept = []
         for index, (call, gate) in enumerate(gated_calls(converted).items()):

@@ -204,7 +204,8 @@ def test_timm_models_and_their_plot(benchmark, capsys, monkeypatch, tmp_path):
     rows = {line[:14].strip(): line[14:].split() for line in table.splitlines()[2:8]}
     assert list(rows) == ["no drop path", "DropPath", "DINOv2's form", "batch", "row", "count"]
     flops = {kind: float(row[3]) for kind, row in rows.items()}
-    assert flops["no drop path"] == flops["DropPath"] == 1 > flops["DINOv2's form"] > flops["count"] > 0.5
+    assert flops["no drop path"] == flops["DropPath"] == flops["count"] == 1  # of two samples, it drops none at 0.1
+    assert 1 > flops["DINOv2's form"] > 0.5
     assert plot.read_text().startswith("<?xml")
 
 

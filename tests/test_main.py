@@ -71,14 +71,36 @@ print(*gates(timm.create_model(model_name="test_vit")))
 """
 
 
-@pytest.mark.parametrize("mode", ["batch", "row", "count"])
+@pytest.mark.parametrize("mode", ["auto", "batch", "row", "count"])
 def test_every_model_is_converted_in_the_mode(run, capsys, mode):
     run(MODELS, "--skip-drop-path", mode)
     *converted, without_drop_path = capsys.readouterr().out.splitlines()
     assert len(converted) == 4
-    assert {word for line in converted for word in line.split()} == {mode}
+    assert {word for line in converted for word in line.split()} == {"row" if mode == "auto" else mode}
     assert all(converted)
     assert without_drop_path == ""
+
+
+def test_what_was_saved_is_said_when_the_script_ends(run, capsys):
+    text = """
+import timm, torch
+plain = timm.create_model("test_vit")
+model = timm.create_model("test_vit", drop_path_rate=0.5)
+for drop_path in (module for module in model.modules() if type(module).__name__ == "DropPath"):
+    drop_path.drop_prob = 0.5
+model.train()(torch.zeros(8, 3, 160, 160))
+raise ValueError("its own")
+"""
+    with pytest.raises(ValueError, match="its own"):
+        run(text, "--skip-drop-path", "count")
+    nothing, *ends = capsys.readouterr().err.splitlines()
+    assert nothing.startswith("python -m timm_sd: test_vit: nothing is skipped: the model has no drop path. Create it")
+    of_plain, of_model = ends
+    assert of_plain.startswith("python -m timm_sd: VisionTransformer; no drop path is skipped")
+    assert of_model.startswith(
+        'python -m timm_sd: VisionTransformer; 10 calls of drop paths are skipped in mode "count"'
+    )
+    assert "skipped so far: 50.0% of the samples" in of_model
 
 
 def test_the_papers_imagenet_network(run, capsys):
@@ -108,7 +130,9 @@ def test_an_error_in_creating_a_model_is_timms_own(run):
 
 def test_batch_norm_in_a_branch_is_reported_in_one_line(run):
     text = "import timm; timm.create_model('resnet18', drop_path_rate=0.2)"
-    with pytest.raises(SystemExit, match=r"^python -m timm_sd: .*row, resnet18: .*BatchNorm2d in.*: use mode batch$"):
+    with pytest.raises(
+        SystemExit, match=r"^python -m timm_sd: .*row, resnet18: .*BatchNorm2d in.*: use mode auto or batch$"
+    ):
         run(text, "--skip-drop-path", "row")
 
 

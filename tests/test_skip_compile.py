@@ -2,7 +2,6 @@
 
 import copy
 import logging
-import warnings
 
 import pytest
 import timm
@@ -11,6 +10,10 @@ import torch
 from accelerate.utils import compile_regions
 from forced import assert_same, forced, results
 from timm.layers import DropPath
+from timm.models.cait import LayerScaleBlock
+from timm.models.eva import EvaBlock
+from timm.models.resnet import BasicBlock
+from timm.models.vision_transformer import Block, ResPostBlock
 from torch import nn
 
 from timm_sd import draw_gates, gates, skip_drop_path, use_gates
@@ -46,15 +49,16 @@ def images(batch_size=6, size=32):
     return torch.randn(batch_size, 3, size, size, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
 
 
-def drawn(model, batch_size, step=0):
+def drawn(model, batch_size, steps):
+    """The gates of several steps."""
     own = gates(model)
-    return draw_gates([gate.survival for gate in own], 4, step, batch_size, [gate.mode for gate in own])
+    survival, modes = [gate.survival for gate in own], [gate.mode for gate in own]
+    return [draw_gates(survival, 4, step, batch_size, modes) for step in range(steps)]
 
 
 def compare(compiled, model, plain, x, steps):
     """Steps of a compiled model, and those of the plain one with the same samples dropped."""
-    for step in steps:
-        values = drawn(model, len(x), step)
+    for values in steps:
         with use_gates(model, values):
             found = results(compiled, x)
         with forced(plain, model, values):
@@ -74,7 +78,7 @@ def test_count_compiles_in_one_graph():
         found.append(results(each, images()))
     assert_same(dict(zip(found[1], found[0].values(), strict=True)), found[1])
     assert graphs.number == 1
-    compare(compiled, model, plain, images(), range(2))
+    compare(compiled, model, plain, images(), drawn(model, 6, 2))
 
 
 def test_count_compiles_once_for_each_number_of_samples():
@@ -89,7 +93,7 @@ def test_count_compiles_once_for_each_number_of_samples():
             drop_paths = [module for module in network.modules() if isinstance(module, DropPath)]
             for index, drop_path in enumerate(drop_paths):
                 drop_path.drop_prob = rate * (index // 2 + 1) / 11
-        compare(model, model, plain, x, range(1))
+        compare(model, model, plain, x, drawn(model, 8, 1))
 
     with torch._dynamo.config.patch(recompile_limit=16, fail_on_recompile_limit_hit=True):
         for rate in 0.5, 0.45:
@@ -104,40 +108,54 @@ def test_count_compiles_once_for_each_number_of_samples():
         assert graphs.number <= before + 2
 
 
-@pytest.mark.parametrize(
-    ("name", "mode"),
-    [("test_vit", "row"), ("test_vit", "batch"), ("swin_tiny_patch4_window7_224", "row"), ("test_coatnet", "auto")],
-)
-def test_gates_compile_nothing_anew(name, mode, caplog):
-    """24 blocks of different rates, and blocks of different kinds."""
-    plain, graphs = small(name, **(dict(depth=24) if name == "test_vit" else {})), Graphs()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = skip_drop_path(copy.deepcopy(plain), mode, strict=True)
-    compiled, x = torch.compile(model, backend=graphs), images(size=32 if name == "test_vit" else 64)
+def of_several_kinds():
+    torch.manual_seed(0)
+    kinds = Block, ResPostBlock, LayerScaleBlock, EvaBlock
+    return nn.Sequential(*(kind(16, 2, drop_path=0.3) for kind in kinds)).double().train()
+
+
+@pytest.mark.parametrize("mode", ["row", "batch"])
+@pytest.mark.parametrize("kinds", ["one", "several"])
+def test_gates_compile_nothing_anew(kinds, mode, caplog):
+    """In 24 blocks of a kind with different rates, and in blocks of several kinds."""
+    plain, x = (small(depth=24), images()) if kinds == "one" else (of_several_kinds(), torch.randn(6, 5, 16).double())
+    model, graphs = skip_drop_path(copy.deepcopy(plain), mode, None if kinds == "one" else x, strict=True), Graphs()
+    compiled, none = torch.compile(model, backend=graphs), torch.zeros(len(gates(model)), 6, dtype=torch.bool)
+    some = none.clone()
+    some[:, 3 if mode == "row" else 0 :] = True
     with caplog.at_level(logging.WARNING, "torch._dynamo"):
-        compare(compiled, model, plain, x, range(2))
+        compare(compiled, model, plain, x, [none, some])
         before = graphs.number
-        compare(compiled, model, plain, x, range(2, 4))
+        compare(compiled, model, plain, x, drawn(model, 6, 2))
         assert graphs.number == before
     assert not [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+class Blocks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(16, 2, drop_path=0.1 * index) for index in range(1, 4))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_repeated_blocks_compiled_once(mode):
     """As accelerate compiles them: one block, whose code serves all others."""
-    plain, graphs = small("eva02_tiny_patch14_224", depth=3), Graphs()
-    model = skip_drop_path(copy.deepcopy(plain), mode, strict=True)
-    compare(compile_regions(model, backend=graphs), model, plain, images(size=28), range(3))
+    torch.manual_seed(0)
+    plain, graphs, x = Blocks().double().train(), Graphs(), torch.randn(6, 5, 16).double()
+    model = skip_drop_path(copy.deepcopy(plain), mode, x, strict=True)
+    compare(compile_regions(model, backend=graphs), model, plain, x, drawn(model, 6, 3))
     assert graphs.number
 
 
-@pytest.mark.parametrize("mode", ["count", "batch"])
-def test_batch_norms(mode):
-    plain = small("resnet18")
-    for module in plain.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.train(mode == "batch")  # of other samples, the statistics would be others
-    model = skip_drop_path(copy.deepcopy(plain), mode, strict=True, allow_batch_norm=True)
-    compiled = torch.compile(model, backend="eager", fullgraph=mode == "count")
-    compare(compiled, model, plain, images(size=64), range(2))
+def test_batch_norms():
+    torch.manual_seed(0)
+    plain = nn.Sequential(*(BasicBlock(8, 8, drop_path=DropPath(0.5)) for _ in range(2))).double().train()
+    x = torch.randn(6, 8, 8, 8).double()
+    model = skip_drop_path(copy.deepcopy(plain), "batch", x, strict=True)
+    closed = torch.tensor([[True] * 6, [False] * 6])
+    compare(torch.compile(model, backend="eager"), model, plain, x, [closed, ~closed])

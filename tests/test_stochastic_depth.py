@@ -1,8 +1,8 @@
 """The method against its equations, written out."""
 
 import copy
-import math
 import itertools
+import math
 import pickle
 import warnings
 from contextlib import nullcontext

@@ -16,9 +16,9 @@ import timm
 from timm.models import _factory
 from torch import nn
 
-from .command_line import Parser, one_line_errors, say
+from .command_line import Parser, one_line_errors
 from .errors import UserError
-from .gate import MODES, gates
+from .gate import MODES
 from .skip.convert import skip_drop_path
 from .skip.summary import summary
 
@@ -56,13 +56,19 @@ def skip_in_every_model(mode: str) -> list[weakref.ref[nn.Module]]:
                 cause = str(error).partition(": use")[0]  # what follows is for Python code
                 raise UserError(f"--skip-drop-path {mode}, {model_name}: {cause}: use mode auto or batch") from error
         for warning in warned:
-            say(f"{PROG}: {model_name}: {warning.message}")
+            tell(f"{model_name}: {warning.message}")
         models.append(weakref.ref(model))
         return model
 
     for module in (timm, timm.models, _factory):  # the last is where pickle looks it up
         module.create_model = create_model
     return models
+
+
+def tell(text: str) -> None:
+    """Print a line to standard error, in the first process only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{PROG}: {text}", file=sys.stderr)
 
 
 def run(script: str, args: list[str]) -> None:
@@ -83,8 +89,8 @@ def main() -> None:
         run(args.script, args.args)
     finally:
         for model in filter(None, (model() for model in models)):
-            if gates(model):
-                say(f"{PROG}: {type(model).__name__}: " + "; ".join(summary(model).splitlines()))
+            if "not_skipped" in vars(model):
+                tell("; ".join([type(model).__name__, *summary(model).splitlines()]))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from torch import fx, nn
 from ..gate import MODES, check_choice, gates
 from .branches import children
 from .drop_paths import kind_of, looks_like_drop_path
-from .example import block_calls
+from .example import BlockCall, block_calls
 from .plans import plan_call
 from .step import Plan, gate_name, install, uninstall
 
@@ -71,69 +71,80 @@ def skip_drop_path(
         if own and not isinstance(block, (nn.ModuleList, nn.ModuleDict)):
             blocks[name] = own
     whole = True if mode == "batch" else False if mode != "auto" or allow_batch_norm else None
-    plans, modes, left = defaultdict(dict), defaultdict(dict), defaultdict(list)
     with _same_randomness():
-        calls, others, flops = block_calls(probe, blocks, example) if blocks else ([], {}, {})
-        for name, why in others.items():
-            left[f"{type(probe.get_submodule(name)).__name__} ({why})"].append(name)
-        known, owners = {}, {}
-        for call in calls:
-            block = probe.get_submodule(call.block)
-            if call.alike not in known:
-                known[call.alike] = plan_call(block, blocks[call.block], whole, call.args, call.kwargs)
-            plan, of_call = known[call.alike]
-            if _conflicts(block, plan, plans[call.block].setdefault(call.kind, plan), owners):
-                plans[call.block][call.kind], of_call = (
-                    Plan((), plan.rows),
-                    {("its drop paths", 0): "it shares modules"},
-                )
-            for (drop_path, _), why in of_call.items():
-                left[f"{drop_path} of {type(block).__name__} ({why})"].append(call.block)
-    for name, of_block in plans.items():
-        for branch in (branch for plan in of_block.values() for branch in plan.branches):
-            if branch.norms and mode in ("row", "count") and not allow_batch_norm:
-                norm = type(probe.get_submodule(name).get_submodule(branch.norms[0])).__name__
-                raise ValueError(
-                    f"{name} has a {norm} in its branch, which would compute its statistics from the kept samples only:"
-                    ' use mode="batch" or "auto", or allow it with allow_batch_norm=True'
-                )
-            own = mode if mode != "auto" else "batch" if branch.norms and not allow_batch_norm else "row"
-            if modes[name].get((branch.drop_path, branch.call)) != "batch":
-                modes[name][branch.drop_path, branch.call] = own
+        calls, left, flops = block_calls(probe, blocks, example) if blocks else ([], [], {})
+        plans = _plans(probe, blocks, whole, calls, left)
+    branches = [(name, branch) for name, of_block in plans.items() for p in of_block.values() for branch in p.branches]
+    modes = defaultdict(dict)
+    for name, branch in branches:
+        if branch.norms and mode in ("row", "count") and not allow_batch_norm:
+            norm = type(probe.get_submodule(name).get_submodule(branch.norms[0])).__name__
+            raise ValueError(
+                f"{name} has a {norm} in its branch, which would compute its statistics from the kept samples only: use"
+                ' mode="batch" or "auto", or allow it with allow_batch_norm=True'
+            )
+        auto = "batch" if branch.norms and not allow_batch_norm else "row"
+        modes[name][branch.drop_path, branch.call] = auto if mode == "auto" else mode
     messages = _complaints(probe, kinds, modes, left)
     if strict and messages:
         raise ValueError(" ".join(messages))
+
     restore_drop_path(model)
+    model.not_skipped = messages
     for name, of_block in modes.items():
-        block = model.get_submodule(name)
-        install(block, blocks[name], plans[name], of_block)
-        for branch in block.skipping.branches():
-            gate = getattr(block.get_submodule(branch.drop_path), gate_name(branch.call))
-            of_children = (flops.get(f"{name}.{child}".lstrip("."), 0) for child in branch.children)
-            gate.flops = sum(of_children) / (flops.get("", 0) or 1)
-    model.not_skipped = list(messages)
-    chosen = [each for of_block in modes.values() for each in of_block.values()]
+        install(model.get_submodule(name), blocks[name], plans[name], of_block)
+    for name, branch in branches:
+        gate = getattr(model.get_submodule(f"{name}.{branch.drop_path}".lstrip(".")), gate_name(branch.call))
+        of_children = (flops.get(f"{name}.{child}".lstrip("."), 0) for child in branch.children)
+        gate.flops = sum(of_children) / (flops.get("", 0) or 1)
+    chosen = [gate.mode for gate in gates(model)]
     if mode == "auto" and "batch" in chosen:
         count = f"{chosen.count('batch')} of {len(chosen)}" if "row" in chosen else f"all {len(chosen)}"
-        messages.append(
-            f"{count} calls of drop paths use one gate for the mini-batch, since they compute statistics over it"
-        )
+        why = "since their branches compute statistics over it"
+        messages = [*messages, f"{count} calls of drop paths use one gate for the mini-batch, {why}"]
     for message in messages:
         warnings.warn(message, stacklevel=2)
     return model
 
 
-def _complaints(model: nn.Module, kinds: dict, modes: dict, left: dict[str, list[str]]) -> list[str]:
+def _plans(
+    model: nn.Module, blocks: dict, whole: bool | None, calls: list[BlockCall], left: list[tuple[str, str, str]]
+) -> dict[str, dict[object, Plan]]:
+    """For each block the plan for each kind of call. What is not skipped is added to `left`."""
+    plans, known, owners = defaultdict(dict), {}, {}
+    for call in calls:
+        block = model.get_submodule(call.block)
+        if call.alike not in known:
+            known[call.alike] = plan_call(block, blocks[call.block], whole, call.args, call.kwargs)
+        plan, of_call = known[call.alike]
+        modules = {block.get_submodule(name) for branch in plan.branches for name in branch.modules()}
+        replaced = [block.get_submodule(name) for branch in plan.branches for name in (branch.drop_path, *branch.norms)]
+        if plans[call.block].setdefault(call.kind, plan) != plan:
+            of_call = {"its drop paths": "it depends on sizes"}
+        elif any(owners.setdefault(module, block) is not block for module in modules):
+            of_call = {"its drop paths": "another block has the same module"}
+        elif any("forward" in vars(module) for module in replaced):
+            of_call = {"its drop paths": "a module has a forward method of its own"}
+        if "its drop paths" in of_call:
+            plans[call.block][call.kind] = Plan((), plan.rows)
+        left += [(name, why, call.block) for name, why in of_call.items()]
+    return plans
+
+
+def _complaints(model: nn.Module, kinds: dict, modes: dict, left: list[tuple[str, str, str]]) -> list[str]:
     """What is not skipped, or why nothing is, in a sentence each."""
     if left:
-        reasons = "; ".join(f"{reason} in {', '.join(dict.fromkeys(names))}" for reason, names in left.items())
-        return [f"computed in full, since skipping it could not be proven to be right: {reasons}"]
+        reasons = defaultdict(dict)
+        for name, why, block in left:
+            reasons[f"{name} of {type(model.get_submodule(block)).__name__} ({why})"][block] = None
+        where = "; ".join(f"{reason} in {', '.join(names)}" for reason, names in reasons.items())
+        return [f"computed in full, since skipping it could not be proven to be right: {where}"]
     others = {type(m).__name__ for m in model.modules() if m not in kinds and looks_like_drop_path(m)}
     if others:
         return [f"not skipped, since they do not behave like timm's DropPath: {', '.join(sorted(others))}"]
     if modes:
         return []
-    if isinstance(model, fx.GraphModule) or kinds:
+    if kinds or any(isinstance(module, fx.GraphModule) for module in model.modules()):
         return [
             "nothing is skipped: no module calls a drop path of its own. Convert a model before it becomes an FX graph"
         ]
@@ -149,21 +160,13 @@ def restore_drop_path(model: Model) -> Model:
     return model
 
 
-def _conflicts(block: nn.Module, plan: Plan, first: Plan, owners: dict[nn.Module, nn.Module]) -> bool:
-    """Whether a plan differs from that of another call of this kind, or needs a module that is another block's, too."""
-    names = {branch.drop_path for branch in plan.branches}
-    for branch in plan.branches:
-        names |= {*branch.norms, *(child for child, _ in branch.entries if child)}
-    modules = [block.get_submodule(name) for name in names]
-    patched = any("forward" in vars(module) for module in modules)
-    return patched or plan != first or any(owners.setdefault(module, block) is not block for module in modules)
-
-
 @contextmanager
 def _same_randomness() -> Iterator[None]:
     """Leave the generators of PyTorch, NumPy and Python as they are."""
     of_python, of_numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        yield
-    random.setstate(of_python)
-    np.random.set_state(of_numpy)
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)

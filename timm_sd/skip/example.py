@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -28,7 +29,7 @@ class BlockCall(NamedTuple):
 
 def block_calls(
     model: nn.Module, blocks: dict[str, dict[str, Kind]], example: object
-) -> tuple[list[BlockCall], dict[str, str], dict[str, int]]:
+) -> tuple[list[BlockCall], list[tuple[str, str, str]], dict[str, int]]:
     """A training pass: its calls of blocks, one of each kind and shape, why other blocks are left, and modules' FLOPs.
 
     Args:
@@ -63,23 +64,28 @@ def block_calls(
         model.get_submodule(name).register_forward_pre_hook(partial(before_block, name), with_kwargs=True)
         for drop_path in own:
             drop_path.register_forward_pre_hook(before_drop_path)
+    model.requires_grad_(False)  # the counter of FLOPs would look for gradients
     failed = None
     for given in _noise(model) if example is None else [example]:
+        given = tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, given)
         args, kwargs = ((), given) if isinstance(given, dict) else (given if isinstance(given, tuple) else (given,), {})
         for found in (calls, few, used):
             found.clear()
         try:
-            with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            # FLOPs of fused attention are not counted on every device.
+            with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
                 model(*args, **kwargs)
         except Exception as error:  # whatever a forward method raises for what it was not made for
             failed = failed or error
             continue
         called = {name for name, *_ in calls} | few.keys()
-        left = {
-            name: "it is not called itself" for name, own in drop_paths.items() if name not in called and used & {*own}
-        }
+        if few and not calls:
+            raise ValueError("the example is too small: " + "; ".join(f"{name}: {why}" for name, why in few.items()))
+        uncalled = [name for name, own in drop_paths.items() if name not in called and used & {*own}]
+        left = [("its drop paths", why, name) for name, why in few.items()]
+        left += [("its drop paths", "it is not called itself", name) for name in uncalled]
         flops = {name.partition(".")[2]: sum(of.values()) for name, of in counter.get_flop_counts().items()}
-        return [call for call in calls.values() if used & {*drop_paths[call.block]}], few | left, flops
+        return [call for call in calls.values() if used & {*drop_paths[call.block]}], left, flops
     what = "the example" if example is not None else "noise, so it needs an example="
     raise ValueError(
         f"the model does not run on {what} ({type(failed).__name__}: {failed})".splitlines()[0]
@@ -87,7 +93,7 @@ def block_calls(
 
 
 def _noise(model: nn.Module) -> Iterator[object]:
-    """Images of the sizes that a timm, torchvision or transformers model may take, or tokens for a Transformer block."""
+    """Images of the sizes that a timm, torchvision or transformers model may take, or tokens for its blocks."""
     weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     conv = next((m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d))), None)
     if conv is None:

@@ -10,14 +10,11 @@ from .drop_paths import Kind
 from .proof import Example
 from .step import BLOCK, Branch, Plan, rows_of_call, samples_of_call
 
-Left = dict[tuple[str, int], str]
-"""Why calls of drop paths are not skipped or only in part, by the drop path's name and the number of the call."""
-
 
 def plan_call(
     block: nn.Module, kinds: dict[str, Kind], whole: bool | None, args: tuple, kwargs: dict
-) -> tuple[Plan, Left]:
-    """The plan for a call of a block, and what it leaves.
+) -> tuple[Plan, dict[str, str]]:
+    """The plan for a call of a block, and for its drop paths, by name, why they or parts of their branches are left.
 
     Args:
         block: The block, in training mode.
@@ -27,10 +24,15 @@ def plan_call(
         args: The arguments of the call, with at least four samples.
         kwargs: Its keyword arguments.
     """
-    try:
-        example = Example(block, kinds, args, kwargs, torch.float64)
-    except Exception:  # parts of some blocks are float32, whatever they are given
-        example = Example(block, kinds, args, kwargs, torch.float32)
+    for dtype in (torch.float64, torch.float32):  # parts of some blocks are float32, whatever they are given
+        try:
+            return _plan(Example(block, kinds, args, kwargs, dtype), whole)
+        except Exception as error:  # whatever a forward method raises
+            why = f"{type(error).__name__}: {error}".splitlines()[0]
+    return Plan((), ()), {"its drop paths": why}
+
+
+def _plan(example: Example, whole: bool | None) -> tuple[Plan, dict[str, str]]:
     seen, device, rows = example.seen, example.values[0].device.type, rows_of_call(example.values)
     # Some samples are kept, but neither the first nor the last: dropping those changes more.
     some = {
@@ -67,24 +69,24 @@ def plan_call(
     if all(options):
         branches, why = prove([best for (best, _), *_ in options])
         if not why:
-            left = {call: f"not {names}" for call, ((_, names), *_) in zip(some, options, strict=True) if names}
+            left = {call[0]: f"not {names}" for call, ((_, names), *_) in zip(some, options, strict=True) if names}
             return Plan(tuple(branches), rows), left
     chosen, left = [], {}
-    for call, of_drop in zip(some, options, strict=True):
+    for (name, _), of_drop in zip(some, options, strict=True):
+        failed = None
         for branch, names in of_drop:
             branches, why = prove([branch])
-            if why:
-                left.setdefault(call, why)
-                continue
-            chosen += branches
-            left.pop(call, None)
-            if names:
-                left[call] = f"not {names}"
-            break
+            failed = failed or why
+            if not why:
+                chosen += branches
+                failed = f"not {names}" if names else None
+                break
         else:
-            left.setdefault(call, "nothing is computed for it alone")
+            failed = failed or "nothing is computed for it alone"
+        if failed:
+            left[name] = failed
     if chosen and (why := prove(chosen)[1]):
-        chosen, left = [], dict.fromkeys(some, why)
+        chosen, left = [], {"its drop paths": why}
     return Plan(tuple(chosen), rows), left
 
 

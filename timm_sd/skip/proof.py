@@ -5,11 +5,13 @@ the block keeps in its arguments, attributes and buffers must agree.
 """
 
 import copy
+import random
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import zip_longest
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
@@ -103,7 +105,8 @@ class Example:
             return leaves[-1].clone()  # a block may change it in place
 
         args, kwargs = tree_map(leaf, (self.args, self.kwargs))
-        torch.manual_seed(seed)
+        for set_seed in (torch.manual_seed, np.random.seed, random.seed):
+            set_seed(seed)
         with torch.set_grad_enabled(grad):
             output = block(*args, **kwargs)
         losses = [
@@ -153,7 +156,7 @@ def _zero(
     (x,) = args[:1] or kwargs.values()
     mask = masks.get((name, calls[name] % total))
     calls[name] += 1
-    keep = 1 - drop_probability(drop_path, kind) if kind.scaled else 1
+    keep = 1 - drop_probability(drop_path, kind) if getattr(drop_path, "scale_by_keep", kind.scaled) else 1
     return x if mask is None else x * (mask.to(x) / keep).view(-1, *[1] * (x.ndim - 1))
 
 

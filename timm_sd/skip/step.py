@@ -85,6 +85,10 @@ class Branch(NamedTuple):
     empty_on: str | None = None
     norms: tuple[str, ...] = ()
 
+    def modules(self) -> set[str]:
+        """The modules of the block that get hooks, or another forward method."""
+        return {self.drop_path, *self.norms, *(child for child, _ in self.entries if child)}
+
 
 class Plan(NamedTuple):
     """The branches of a block in one kind of call, and which of the call's tensors have rows, as `rows_of_call`."""
@@ -268,14 +272,14 @@ class Passes(threading.local):
 class Skipping:
     """What a block's hooks follow: its plan for each `kind_of_call`."""
 
-    def __init__(self, block: nn.Module, plans: dict[object, Plan], compiles: bool) -> None:
-        self.block, self.plans, self.compiles = block, plans, compiles
+    def __init__(self, block: nn.Module, plans: dict[object, Plan]) -> None:
+        self.block, self.plans = block, plans
         self.passes = Passes()
         self.traced: list[Pass | None] = []  # torch.compile cannot see what belongs to a thread
 
     def __getstate__(self) -> dict:
         """Copies and pickles made during a pass begin anew."""
-        return dict(block=self.block, plans=self.plans, compiles=self.compiles)
+        return dict(block=self.block, plans=self.plans)
 
     def __setstate__(self, state: dict) -> None:
         self.__init__(**state)
@@ -326,28 +330,11 @@ class Skipping:
         )
 
 
-def hook(function: Callable) -> Callable:
-    """A hook that torch.compile does not look into if the host reads a gate: in modes "row" and "batch".
-
-    In a compiled region, a gate's value would become part of the graph: one graph for each pattern of gates.
-    """
-    not_compiled = torch.compiler.disable(function)
-
-    @functools.wraps(function)
-    def called(module: nn.Module, *args: object, **kwargs: object) -> object:
-        skipping = vars(module).get("skipping") or module.skipped[0]
-        chosen = function if skipping.compiles or not torch.compiler.is_compiling() else not_compiled
-        return chosen(module, *args, **kwargs)
-
-    return called
-
-
 # Hooks find what they follow in attributes of the modules: torch.compile compiles a block anew for a function that
 # belongs to another. A block has `skipping`; children where branches begin, drop paths and normalizations have
 # `skipped`, the block's `Skipping` and their name in it.
 
 
-@hook
 def begin(block: nn.Module, args: tuple, kwargs: dict) -> None:
     """Forward pre-hook on the block."""
     if getattr(block, "_is_replica", False) and any(branch.norms for branch in block.skipping.branches()):
@@ -357,7 +344,6 @@ def begin(block: nn.Module, args: tuple, kwargs: dict) -> None:
     block.skipping.stack().append(block.skipping.new_pass(args, kwargs))
 
 
-@hook
 def end(block: nn.Module, args: tuple, output: object) -> Tensor | None:
     """Forward hook on the block, called even if its forward method raises an exception (then without output)."""
     current = block.skipping.stack().pop()
@@ -374,7 +360,6 @@ def end(block: nn.Module, args: tuple, output: object) -> Tensor | None:
     return None
 
 
-@hook
 def enter(child: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     """Forward pre-hook where branches begin: take the kept rows of what comes from outside."""
     for other in child._forward_hooks.values():
@@ -391,7 +376,6 @@ def enter(child: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | N
     return tree_unflatten(values, structure)
 
 
-@hook
 def give_back(child: nn.Module, args: tuple, output: object) -> object:
     """Forward hook on a child that is computed alone: put its rows back at once."""
     skipping, name = child.skipped
@@ -402,7 +386,6 @@ def give_back(child: nn.Module, args: tuple, output: object) -> object:
     return tree_map(lambda y: current.open[index].put(y, 1.0) if isinstance(y, Tensor) else y, output)
 
 
-@hook
 def leave(drop_path: nn.Module, *args: object, **kwargs: object) -> Tensor:
     """The forward method of a drop path: put the branch's rows back among zeros."""
     skipping, name = drop_path.skipped
@@ -411,6 +394,21 @@ def leave(drop_path: nn.Module, *args: object, **kwargs: object) -> Tensor:
     if index is None:
         return type(drop_path).forward(drop_path, *args, **kwargs)
     return current.end(index, *args[:1] or kwargs.values())
+
+
+def not_compiled(function: Callable) -> Callable:
+    """A hook for modes "row" and "batch", where the host reads the gates.
+
+    In a compiled region, a gate's value would become part of the graph: one graph for each pattern of gates.
+    """
+    function = torch.compiler.disable(function)
+    function.__name__ = function.__qualname__ = f"{function.__name__}_not_compiled"  # under which pickle looks it up
+    return function
+
+
+HOOKS = begin, end, enter, give_back, leave
+NOT_COMPILED = tuple(map(not_compiled, HOOKS))
+begin_not_compiled, end_not_compiled, enter_not_compiled, give_back_not_compiled, leave_not_compiled = NOT_COMPILED
 
 
 def normalize(norm: nn.Module, x: Tensor, *args: object, **kwargs: object) -> object:
@@ -469,7 +467,8 @@ def install(
         plans: A plan for each `kind_of_call`.
         modes: The mode of each call of a drop path that has a branch, by the drop path's name and number of the call.
     """
-    block.skipping = skipping = Skipping(block, plans, set(modes.values()) == {"count"})
+    begin, end, enter, give_back, leave = HOOKS if set(modes.values()) == {"count"} else NOT_COMPILED
+    block.skipping = skipping = Skipping(block, plans)
     block.register_forward_pre_hook(begin, with_kwargs=True)
     block.register_forward_hook(end, always_call=True)
     for child, alone in {child: branch.alone for branch in skipping.branches() for child, _ in branch.entries}.items():
@@ -491,12 +490,12 @@ def install(
 
 def uninstall(module: nn.Module) -> None:
     """Remove from a module what `install` has added."""
-    if getattr(vars(module).get("forward"), "func", None) in (leave, normalize):
+    if getattr(vars(module).get("forward"), "func", None) in (*HOOKS, *NOT_COMPILED, normalize):
         del module.forward
     for name in {"skipping", "skipped", "not_skipped"} & vars(module).keys():
         delattr(module, name)
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
-        for key in [key for key, each in hooks.items() if each in (begin, end, enter, give_back)]:
+        for key in [key for key, each in hooks.items() if each in (*HOOKS, *NOT_COMPILED)]:
             for of_kind in (hooks, module._forward_pre_hooks_with_kwargs, module._forward_hooks_always_called):
                 of_kind.pop(key, None)
     for name in [name for name, child in module.named_children() if isinstance(child, DropPathGate)]:

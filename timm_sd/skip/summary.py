@@ -17,8 +17,8 @@ def summary(model: nn.Module) -> str:
     notes = [note for module in model.modules() for note in vars(module).get("not_skipped", ())]
     if not own:
         return "\n".join(["no drop path is skipped", *notes])
-    modes = ", ".join(f'{count} in mode "{mode}"' for mode, count in Counter(gate.mode for gate in own).items())
-    lines = [f"calls of drop paths that are skipped: {modes}", *notes]
+    modes = Counter(gate.mode for gate in own).items()
+    lines = [f'{count} calls of drop paths are skipped in mode "{mode}"' for mode, count in modes] + notes
     samples = sum(gate.samples for gate in own)
     if samples:
         dropped = sum(gate.samples - gate.computed for gate in own) / samples

@@ -1,0 +1,45 @@
+"""What `summary` says, against counts of its own."""
+
+import re
+import warnings
+
+import timm
+import timm_blocks
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import timm_sd
+
+
+def flops(model, x):
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(x)
+    return counter.get_total_flops()
+
+
+@timm_blocks.one_thread()
+def test_shares_of_samples_and_flops():
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", **timm_blocks.VIT, num_classes=4, drop_path_rate=0.5).train()
+    x = torch.randn(8, 3, 32, 32)
+    whole = flops(model, x)
+    timm_sd.skip_drop_path(model)
+    assert timm_sd.summary(model).splitlines()[-1] == "no training step so far"
+    kept = torch.tensor([[True, False] * 4, [True] * 7 + [False]])
+    with timm_sd.use_gates(model, kept):
+        skipped = 1 - flops(model, x) / whole
+    lines = timm_sd.summary(model).splitlines()
+    assert lines[0] == '2 calls of drop paths are skipped in mode "row"'
+    samples, of_flops = map(float, re.findall(r"([\d.]+)%", lines[-1]))
+    assert samples == round(100 * 5 / 16, 1)  # it prints 31.2
+    assert abs(of_flops - 100 * skipped) < 0.1
+
+
+def test_what_is_not_skipped_and_why():
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        model = timm_sd.skip_drop_path(timm.create_model("test_vit"))
+    assert timm_sd.summary(model).splitlines() == ["no drop path is skipped", str(warned[0].message)]
+    assert "drop_path_rate=" in timm_sd.summary(model)
+    assert timm_sd.summary(timm_sd.restore_drop_path(model)) == "no drop path is skipped"
