@@ -114,8 +114,7 @@ def of_several_kinds():
     return nn.Sequential(*(kind(16, 2, drop_path=0.3) for kind in kinds)).double().train()
 
 
-@pytest.mark.parametrize("mode", ["row", "batch"])
-@pytest.mark.parametrize("kinds", ["one", "several"])
+@pytest.mark.parametrize(("kinds", "mode"), [("one", "row"), ("one", "batch"), ("several", "row")])
 def test_gates_compile_nothing_anew(kinds, mode, caplog):
     """In 24 blocks of a kind with different rates, and in blocks of several kinds."""
     plain, x = (small(depth=24), images()) if kinds == "one" else (of_several_kinds(), torch.randn(6, 5, 16).double())

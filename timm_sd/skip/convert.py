@@ -59,7 +59,8 @@ def skip_drop_path(
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("the model is on the meta device, but it must run on an example: load its weights first")
     try:
-        probe = restore_drop_path(copy.deepcopy(model)).train()
+        with _undisturbed():
+            probe = restore_drop_path(copy.deepcopy(model)).train()
     except Exception as error:
         raise ValueError(f"the model cannot be copied ({error}): convert it before it is trained or sharded") from error
     kinds = {module: kind for module in probe.modules() if (kind := kind_of(module))}
@@ -71,7 +72,7 @@ def skip_drop_path(
         if own and not isinstance(block, (nn.ModuleList, nn.ModuleDict)):
             blocks[name] = own
     whole = True if mode == "batch" else False if mode != "auto" or allow_batch_norm else None
-    with _same_randomness():
+    with _undisturbed():
         calls, left, flops = block_calls(probe, blocks, example) if blocks else ([], [], {})
         plans = _plans(probe, blocks, whole, calls, left)
     branches = [(name, branch) for name, of_block in plans.items() for p in of_block.values() for branch in p.branches]
@@ -161,11 +162,11 @@ def restore_drop_path(model: Model) -> Model:
 
 
 @contextmanager
-def _same_randomness() -> Iterator[None]:
-    """Leave the generators of PyTorch, NumPy and Python as they are."""
+def _undisturbed() -> Iterator[None]:
+    """Compute gradients in any mode, and leave the generators of PyTorch, NumPy and Python as they are."""
     of_python, of_numpy = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), torch.inference_mode(False), torch.enable_grad():
             yield
     finally:
         random.setstate(of_python)
