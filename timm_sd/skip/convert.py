@@ -138,7 +138,9 @@ def _complaints(model: nn.Module, kinds: dict, modes: dict, left: list[tuple[str
         reasons = defaultdict(dict)
         for name, why, block in left:
             reasons[f"{name} of {type(model.get_submodule(block)).__name__} ({why})"][block] = None
-        where = "; ".join(f"{reason} in {', '.join(names)}" for reason, names in reasons.items())
+        where = "; ".join(
+            f"{reason} in {', '.join(filter(None, names)) or 'the model'}" for reason, names in reasons.items()
+        )
         return [f"computed in full, since skipping it could not be proven to be right: {where}"]
     others = {type(m).__name__ for m in model.modules() if m not in kinds and looks_like_drop_path(m)}
     if others:

@@ -80,7 +80,9 @@ def block_calls(
             continue
         called = {name for name, *_ in calls} | few.keys()
         if few and not calls:
-            raise ValueError("the example is too small: " + "; ".join(f"{name}: {why}" for name, why in few.items()))
+            raise ValueError(
+                "the example is too small: " + "; ".join(f"{name or 'its block'}: {why}" for name, why in few.items())
+            )
         uncalled = [name for name, own in drop_paths.items() if name not in called and used & {*own}]
         left = [("its drop paths", why, name) for name, why in few.items()]
         left += [("its drop paths", "it is not called itself", name) for name in uncalled]

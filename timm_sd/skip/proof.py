@@ -4,6 +4,7 @@ Both are run on an example, in training mode and float64, with the same samples 
 the block keeps in its arguments, attributes and buffers must agree.
 """
 
+import contextlib
 import copy
 import random
 from collections import Counter
@@ -48,8 +49,7 @@ class Example:
         with torch.no_grad():
             for parameter in filter(Tensor.is_floating_point, self.block.parameters()):
                 parameter.requires_grad_().copy_(vary(parameter, parameter.dtype))
-        for name, kind in kinds.items():
-            setattr(self.block.get_submodule(name), kind.attribute, 0.5)
+        self.set_probabilities()
         # Which modules compute statistics over the batch? Those whose buffers depend on the block's arguments.
         buffers = []
         for _ in range(2):
@@ -69,7 +69,12 @@ class Example:
                         "drop" in name or isinstance(module, nn.modules.dropout._DropoutNd)
                     ):
                         setattr(module, name, 0.0)
-            for name, kind in kinds.items():
+            self.set_probabilities()
+
+    def set_probabilities(self) -> None:
+        """Let drop paths drop, since code may depend on it."""
+        for name, kind in self.kinds.items():
+            with contextlib.suppress(AttributeError):  # a property that cannot be set
                 setattr(self.block.get_submodule(name), kind.attribute, 0.5)
 
     def without_plan(self, masks: Masks) -> nn.Module:
