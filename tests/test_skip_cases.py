@@ -938,3 +938,19 @@ def test_exports(tmp_path):
         session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
         (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
         torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("library", ["opacus", "backpack"])
+def test_gradients_of_each_sample_are_refused(library):
+    """Their hooks would take each row that a module sees for a sample."""
+    model = skip_drop_path(Block(8, 2, drop_path=0.5)).train()
+
+    def capture(module, args, output):
+        pass
+
+    capture.__module__ = f"{library}.grad_sample"
+    handle = model.norm1.register_forward_hook(capture)
+    with pytest.raises(RuntimeError, match=r"timm_sd\.restore_drop_path"):
+        model(torch.randn(4, 3, 8))
+    handle.remove()
+    model(torch.randn(4, 3, 8))

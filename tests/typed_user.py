@@ -31,5 +31,8 @@ assert_type(block.forward(torch.randn(2, 4)), Tensor)
 assert_type(timm_sd.Gate(0.5, mode="batch").survival, float)
 
 assert_type(timm_sd.skip_drop_path(network), timm_sd.CifarResNet)  # the model's own type
-model: nn.Module = timm.create_model("vit_tiny_patch16_224", drop_path_rate=0.1, depth=1)
+model: nn.Module = timm.create_model("vit_tiny_patch16_224", drop_path_rate=0.1, depth=2)
 assert_type(timm_sd.skip_drop_path(model, mode="count", strict=True, allow_batch_norm=False), nn.Module)
+assert_type(timm_sd.set_drop_path(model, 0.2, schedule="linear"), nn.Module)
+assert_type(timm_sd.summary(model), str)
+assert_type(timm_sd.restore_drop_path(model), nn.Module)

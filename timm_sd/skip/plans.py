@@ -85,7 +85,7 @@ def _plan(example: Example, whole: bool | None) -> tuple[Plan, dict[str, str]]:
             failed = failed or "nothing is computed for it alone"
         if failed:
             left[name] = failed
-    if chosen and (why := prove(chosen)[1]):
+    if len(chosen) > 1 and (why := prove(chosen)[1]):
         chosen, left = [], {"its drop paths": why}
     return Plan(tuple(chosen), rows), left
 

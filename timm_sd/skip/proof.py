@@ -174,16 +174,11 @@ def _values(value: object, seen: set[int]) -> Iterator[object]:
         yield value
     elif id(value) not in seen and not isinstance(value, (nn.Module, type)) and not callable(value):
         seen.add(id(value))
-        inner = (
-            value.values()
-            if isinstance(value, dict)
-            else value
-            if isinstance(value, Iterable)
-            else vars(value).values()
-            if hasattr(value, "__dict__")
-            else ()
-        )
-        for each in list(inner):
+        if isinstance(value, dict):
+            value = value.values()
+        elif not isinstance(value, Iterable):
+            value = getattr(value, "__dict__", {}).values()
+        for each in list(value):
             yield from _values(each, seen)
 
 

@@ -162,7 +162,8 @@ class Pass:
         self.inputs = inputs or []
         self.calls: Counter[str] = Counter()
         self.open: dict[int, Open] = {}
-        self.taken, self.put = [], [node for x in self.inputs for node in _nodes(x)]
+        # Autograd nodes: of what was taken and put back, and of the last output of a drop path
+        self.taken, self.put, self.left = [], [node for x in self.inputs for node in _nodes(x)], []
 
     def count(self, name: str) -> tuple[str, int]:
         """A call of a child, with its number."""
@@ -274,6 +275,9 @@ class Skipping:
 
     def __init__(self, block: nn.Module, plans: dict[object, Plan]) -> None:
         self.block, self.plans = block, plans
+        self.branches = [branch for plan in plans.values() for branch in plan.branches]
+        self.drop_paths = dict.fromkeys(branch.drop_path for branch in self.branches)
+        self.empty_on = {name: branch.empty_on for branch in self.branches for name in branch.norms}
         self.passes = Passes()
         self.traced: list[Pass | None] = []  # torch.compile cannot see what belongs to a thread
 
@@ -284,24 +288,20 @@ class Skipping:
     def __setstate__(self, state: dict) -> None:
         self.__init__(**state)
 
-    def branches(self) -> list[Branch]:
-        return [branch for plan in self.plans.values() for branch in plan.branches]
-
     def stack(self) -> list[Pass | None]:
         """The passes of the block that this thread is in, the innermost last."""
         return self.traced if torch.compiler.is_compiling() else self.passes.stack
 
     def new_pass(self, args: tuple, kwargs: dict) -> Pass | None:
         """A pass of the block, None if it skips nothing."""
-        names = {branch.drop_path: None for branch in self.branches()}
-        gates = (gate for name in names for gate in operator.attrgetter(name)(self.block).children())
+        gates = (gate for name in self.drop_paths for gate in operator.attrgetter(name)(self.block).children())
         if not any(gate.can_close() for gate in gates) or _in_vmap():
             return None
         kind, values = kind_of_call(args, kwargs)
         plan = self.plans.get(kind)
         if plan is None or not _fits(plan, values):
             _warn(f"{type(self.block).__name__} computes what its drop paths drop: the example had no such call")
-            plan = Plan(tuple(branch._replace(entries={}) for branch in self.branches()), ())
+            plan = Plan(tuple(branch._replace(entries={}) for branch in self.branches), ())
         return Pass(plan, self.block, values)
 
     def current(self, name: str) -> Pass | None:
@@ -337,7 +337,7 @@ class Skipping:
 
 def begin(block: nn.Module, args: tuple, kwargs: dict) -> None:
     """Forward pre-hook on the block."""
-    if getattr(block, "_is_replica", False) and any(branch.norms for branch in block.skipping.branches()):
+    if getattr(block, "_is_replica", False) and block.skipping.empty_on:
         raise RuntimeError(
             "batch normalization in a branch does not work with DataParallel: use DistributedDataParallel"
         )
@@ -414,8 +414,7 @@ begin_not_compiled, end_not_compiled, enter_not_compiled, give_back_not_compiled
 def normalize(norm: nn.Module, x: Tensor, *args: object, **kwargs: object) -> object:
     """The forward method of a normalization over the batch: without samples, it keeps its statistics."""
     skipping, name = norm.skipped
-    empty = all(branch.empty_on == x.device.type for branch in skipping.branches() if name in branch.norms)
-    if len(x) == 0 or (not empty and skipping.is_closed(name)):
+    if len(x) == 0 or (x.device.type != skipping.empty_on[name] and skipping.is_closed(name)):
         frozen = object.__new__(type(norm))  # other threads would see a flag set in the module
         frozen.__dict__ = norm.__dict__ | {"training": False}
         norm = frozen
@@ -471,7 +470,7 @@ def install(
     block.skipping = skipping = Skipping(block, plans)
     block.register_forward_pre_hook(begin, with_kwargs=True)
     block.register_forward_hook(end, always_call=True)
-    for child, alone in {child: branch.alone for branch in skipping.branches() for child, _ in branch.entries}.items():
+    for child, alone in {child: branch.alone for branch in skipping.branches for child, _ in branch.entries}.items():
         module = block.get_submodule(child)
         module.skipped = skipping, child
         module.register_forward_pre_hook(enter, with_kwargs=True)
@@ -483,7 +482,7 @@ def install(
         drop_path.add_module(
             gate_name(call), DropPathGate(drop_path, kinds[name], call, mode).train(drop_path.training)
         )
-    for name in {name for branch in skipping.branches() for name in branch.norms}:
+    for name in skipping.empty_on:
         norm = block.get_submodule(name)
         norm.skipped, norm.forward = (skipping, name), functools.partial(normalize, norm)
 
