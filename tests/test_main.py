@@ -82,23 +82,25 @@ def test_every_model_is_converted_in_the_mode(run, capsys, mode):
 
 
 def test_what_was_saved_is_said_when_the_script_ends(run, capsys):
+    """Also of models that are gone by then, and if the script fails."""
     text = """
 import timm, torch
-plain = timm.create_model("test_vit")
-model = timm.create_model("test_vit", drop_path_rate=0.5)
-for drop_path in (module for module in model.modules() if type(module).__name__ == "DropPath"):
-    drop_path.drop_prob = 0.5
-model.train()(torch.zeros(8, 3, 160, 160))
+def main():
+    plain = timm.create_model("test_vit")
+    model = timm.create_model("test_vit", drop_path_rate=0.5)
+    for drop_path in (module for module in model.modules() if type(module).__name__ == "DropPath"):
+        drop_path.drop_prob = 0.5
+    model.train()(torch.zeros(8, 3, 160, 160))
+main()
 raise ValueError("its own")
 """
     with pytest.raises(ValueError, match="its own"):
         run(text, "--skip-drop-path", "count")
-    nothing, *ends = capsys.readouterr().err.splitlines()
+    nothing, of_plain, of_model = capsys.readouterr().err.splitlines()
     assert nothing.startswith("python -m timm_sd: test_vit: nothing is skipped: the model has no drop path. Create it")
-    of_plain, of_model = ends
-    assert of_plain.startswith("python -m timm_sd: VisionTransformer; no drop path is skipped")
+    assert of_plain.startswith("python -m timm_sd: test_vit; no drop path is skipped")
     assert of_model.startswith(
-        'python -m timm_sd: VisionTransformer; 10 calls of drop paths are skipped in mode "count"'
+        'python -m timm_sd: test_vit; 10 calls of drop paths are skipped in mode "count"; skipped'
     )
     assert "skipped so far: 50.0% of the samples" in of_model
 

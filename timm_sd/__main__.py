@@ -10,7 +10,6 @@ import os
 import runpy
 import sys
 import warnings
-import weakref
 
 import timm
 from timm.models import _factory
@@ -20,7 +19,7 @@ from .command_line import Parser, one_line_errors
 from .errors import UserError
 from .gate import MODES
 from .skip.convert import skip_drop_path
-from .skip.summary import summary
+from .skip.summary import Summary
 
 PROG = "python -m timm_sd"
 
@@ -38,12 +37,12 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def skip_in_every_model(mode: str) -> list[weakref.ref[nn.Module]]:
+def skip_in_every_model(mode: str) -> list[tuple[str, Summary]]:
     """Patch `timm.create_model`, under each of its names, to convert the models it creates with `skip_drop_path`.
 
-    Returns the list to which it adds these models.
+    Returns the list to which it adds their names and summaries.
     """
-    make, models = timm.create_model, []
+    make, summaries = timm.create_model, []
 
     @functools.wraps(make)
     def create_model(model_name: str, *args, **kwargs) -> nn.Module:
@@ -57,12 +56,13 @@ def skip_in_every_model(mode: str) -> list[weakref.ref[nn.Module]]:
                 raise UserError(f"--skip-drop-path {mode}, {model_name}: {cause}: use mode auto or batch") from error
         for warning in warned:
             tell(f"{model_name}: {warning.message}")
-        models.append(weakref.ref(model))
+        if "not_skipped" in vars(model):
+            summaries.append((model_name, Summary(model)))
         return model
 
     for module in (timm, timm.models, _factory):  # the last is where pickle looks it up
         module.create_model = create_model
-    return models
+    return summaries
 
 
 def tell(text: str) -> None:
@@ -84,13 +84,12 @@ def main() -> None:
     with one_line_errors(PROG):
         if not os.path.isfile(args.script):
             raise UserError(f"no such file: {args.script}")
-    models = skip_in_every_model(args.skip_drop_path) if args.skip_drop_path else []
+    summaries = skip_in_every_model(args.skip_drop_path) if args.skip_drop_path else []
     try:
         run(args.script, args.args)
     finally:
-        for model in filter(None, (model() for model in models)):
-            if "not_skipped" in vars(model):
-                tell("; ".join([type(model).__name__, *summary(model).splitlines()]))
+        for name, summary in summaries:
+            tell("; ".join([name, *str(summary).splitlines()]))
 
 
 if __name__ == "__main__":

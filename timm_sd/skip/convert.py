@@ -97,7 +97,7 @@ def skip_drop_path(
     for name, branch in branches:
         gate = getattr(model.get_submodule(f"{name}.{branch.drop_path}".lstrip(".")), gate_name(branch.call))
         of_children = (flops.get(f"{name}.{child}".lstrip("."), 0) for child in branch.children)
-        gate.flops = sum(of_children) / (flops.get("", 0) or 1)
+        gate.tally.flops = sum(of_children) / (flops.get("", 0) or 1)
     chosen = [gate.mode for gate in gates(model)]
     if mode == "auto" and "batch" in chosen:
         count = f"{chosen.count('batch')} of {len(chosen)}" if "row" in chosen else f"all {len(chosen)}"

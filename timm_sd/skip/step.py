@@ -25,6 +25,13 @@ from .drop_paths import Kind, drop_probability
 BLOCK = "", 0  # the call of the block itself, where its whole forward method is a branch
 
 
+class Tally:
+    """What a gate has saved so far: samples that came, those computed, and its branch's share of the model's FLOPs."""
+
+    samples = computed = 0
+    flops = 0.0
+
+
 class DropPathGate(Gate):
     """The gate of one call of a drop path; probability and scaling are read from the drop path, so changes count."""
 
@@ -39,8 +46,7 @@ class DropPathGate(Gate):
         super().__init__(mode=mode)
         self.kind, self.call = kind, call
         self.__dict__["drop_path"] = drop_path  # not a submodule: it is the parent
-        self.samples = self.computed = 0  # so far
-        self.flops = 0.0  # of its branch, as a share of the model's
+        self.tally = Tally()
 
     @property
     def survival(self) -> float:
@@ -62,7 +68,8 @@ class DropPathGate(Gate):
         elif self.mode == "row":
             rows = rows.nonzero().squeeze(1)
         if not torch.compiler.is_compiling():  # there, a number that changes would be a constant
-            self.samples, self.computed = self.samples + size, self.computed + len(rows)
+            self.tally.samples += size
+            self.tally.computed += len(rows)
         share = len(rows) / size if self.mode == "count" and size else p
         return rows, 1 / share if share and getattr(self.drop_path, "scale_by_keep", self.kind.scaled) else 1.0
 

@@ -7,23 +7,33 @@ from torch import nn
 from .step import DropPathGate
 
 
+class Summary:
+    """A summary of a model that goes on counting, but does not keep the model alive."""
+
+    def __init__(self, model: nn.Module) -> None:
+        own = [module for module in model.modules() if isinstance(module, DropPathGate)]
+        self.modes = Counter(gate.mode for gate in own)
+        self.tallies = [gate.tally for gate in own]
+        self.notes = [note for module in model.modules() for note in vars(module).get("not_skipped", ())]
+
+    def __str__(self) -> str:
+        if not self.modes:
+            return "\n".join(["no drop path is skipped", *self.notes])
+        lines = [f'{count} calls of drop paths are skipped in mode "{mode}"' for mode, count in self.modes.items()]
+        drawn = [tally for tally in self.tallies if tally.samples]
+        if drawn:
+            samples = 1 - sum(tally.computed for tally in drawn) / sum(tally.samples for tally in drawn)
+            flops = sum(tally.flops * (1 - tally.computed / tally.samples) for tally in drawn)
+            end = f"skipped so far: {samples:.1%} of the samples in branches, {flops:.1%} of the model's FLOPs"
+        else:
+            end = "no training step so far"
+        return "\n".join([*lines, *self.notes, end])
+
+
 def summary(model: nn.Module) -> str:
     """A few lines: how many calls of drop paths skip, which do not and why, and the share of the work skipped so far.
 
     Samples are counted in training, except in compiled steps in mode "count". FLOPs are those of the branches' modules,
     relative to the whole model's, as counted in the example that it was converted with.
     """
-    own = [module for module in model.modules() if isinstance(module, DropPathGate)]
-    notes = [note for module in model.modules() for note in vars(module).get("not_skipped", ())]
-    if not own:
-        return "\n".join(["no drop path is skipped", *notes])
-    modes = Counter(gate.mode for gate in own).items()
-    lines = [f'{count} calls of drop paths are skipped in mode "{mode}"' for mode, count in modes] + notes
-    samples = sum(gate.samples for gate in own)
-    if samples:
-        dropped = sum(gate.samples - gate.computed for gate in own) / samples
-        flops = sum(gate.flops * (1 - gate.computed / gate.samples) for gate in own if gate.samples)
-        lines.append(f"skipped so far: {dropped:.1%} of the samples in branches, {flops:.1%} of the model's FLOPs")
-    else:
-        lines.append("no training step so far")
-    return "\n".join(lines)
+    return str(Summary(model))
