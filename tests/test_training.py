@@ -164,9 +164,10 @@ def test_any_depth_by_name(registry):
 def test_weights_of_a_compiled_run_fit_the_plain_network(few_images, tmp_path, monkeypatch):
     AcceleratorState._reset_state(True)
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
     torch._dynamo.reset()
-    training.train(Options("cifar_resnet20_sd", "synthetic", epochs=2, batch_size=32, output=tmp_path / "run"))
+    # Not by monkeypatch, which would take the setting away from later tests.
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        training.train(Options("cifar_resnet20_sd", "synthetic", epochs=2, batch_size=32, output=tmp_path / "run"))
     AcceleratorState._reset_state(True)
     timm.create_model("cifar_resnet20_sd").load_state_dict(load_file(tmp_path / "run" / "model.safetensors"))
 
