@@ -196,7 +196,8 @@ def clock_branches(network: nn.Module, now: Callable[[], float]) -> list[float]:
     seconds = [0.0] * len(gates(network))
 
     blocks = (module for module in network.modules() if "skipping" in vars(module))
-    branches = ((block, branch) for block in blocks for branch in block.skipping.branches)
+    plans = ((block, plan) for block in blocks for plan in block.skipping.plans.values())
+    branches = ((block, branch) for block, plan in plans for branch in plan.branches)
     for index, (block, branch) in enumerate(branches):
 
         def clock(sign: int, *_: object, index: int = index) -> None:

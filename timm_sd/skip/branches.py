@@ -6,7 +6,7 @@ branch; where they take a tensor from outside, the branch begins.
 
 import copy
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Set
 from functools import partial
 from typing import NamedTuple
 
@@ -26,23 +26,21 @@ class Call(NamedTuple):
     inputs: dict[int, tuple[int, object]]
     outputs: list
 
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.child, self.number
 
-class Drop(NamedTuple):
-    """A call of a drop path: its number of rows, how many calls were before it, and the nodes before and after it."""
-
-    name: str
-    number: int
-    rows: int
-    before: int
-    into: object
-    out: object
+    @property
+    def rows(self) -> int:
+        """The number of rows that a drop path is called with."""
+        return next(rows for rows, _ in self.inputs.values())
 
 
 class Observed(NamedTuple):
-    """One pass of a block, with the nodes of its arguments and outputs."""
+    """The calls of one pass of a block, which of them are of drop paths, and the nodes of its arguments and outputs."""
 
     calls: list[Call]
-    drops: list[Drop]
+    drops: list[Call]
     inputs: list
     outputs: list
 
@@ -60,10 +58,10 @@ def tensors(*values: object) -> list[Tensor]:
     return [x for x in tree_leaves(values) if isinstance(x, Tensor)]
 
 
-def observe(block: nn.Module, drop_paths: Sequence[str], args: tuple, kwargs: dict) -> Observed:
-    """Run a copy of a block whose parameters all require gradients."""
+def observe(block: nn.Module, drop_paths: Collection[str], args: tuple, kwargs: dict) -> Observed:
+    """Run a copy of a block whose parameters all require gradients. Its drop paths drop nothing."""
     block = copy.deepcopy(block)
-    calls, drops, count, running = [], [], Counter(), []
+    calls, count, running = [], Counter(), []
 
     def before(name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
         values = enumerate(tree_leaves((args, kwargs)))
@@ -78,52 +76,47 @@ def observe(block: nn.Module, drop_paths: Sequence[str], args: tuple, kwargs: di
         if not running:
             calls[-1].outputs.extend(x.grad_fn for x in tensors(output) if x.grad_fn)
 
-    def drop(name: str, *args: Tensor, **kwargs: Tensor) -> Tensor:
-        x, *_ = args or kwargs.values()
-        y = x.clone()
-        drops.append(Drop(name, count[name], len(x), len(calls), x.grad_fn, y.grad_fn))
-        count[name] += 1
-        return y
-
     def tracked(x: object) -> object:
         tracks = isinstance(x, Tensor) and x.is_floating_point()
         return x.detach().clone().requires_grad_().clone() if tracks else x
 
     for name, module in children(block):
         if name in drop_paths:
-            module.forward = partial(drop, name)
-        else:
-            module.register_forward_pre_hook(partial(before, name), with_kwargs=True)
-            module.register_forward_hook(partial(after, name))
+            module.forward = lambda *args, **kwargs: tensors(args, kwargs)[0].clone()
+        module.register_forward_pre_hook(partial(before, name), with_kwargs=True)
+        module.register_forward_hook(partial(after, name))
     with torch.enable_grad():
         args, kwargs = tree_map(tracked, (args, kwargs))
         inputs = [x.grad_fn for x in tensors(args, kwargs)]
         outputs = [x.grad_fn for x in tensors(block(*args, **kwargs))]
-    return Observed(calls, drops, inputs, outputs)
+    return Observed(calls, [call for call in calls if call.child in drop_paths], inputs, outputs)
 
 
-def _ancestors(nodes: Sequence, stop: object = None) -> set:
-    """The nodes and all that they are computed from, except what is computed only for `stop`."""
-    found, stack = set(), [node for node in nodes if node is not None]
+def ancestors(nodes: Iterable, stop: Set = frozenset()) -> set:
+    """The nodes and all that they are computed from, except what is computed only for those in `stop`."""
+    found, stack = set(), list(nodes)
     while stack:
         node = stack.pop()
-        if node is not stop and node not in found:
+        if node is not None and node not in stop and node not in found:
             found.add(node)
-            stack.extend(parent for parent, _ in node.next_functions if parent is not None)
+            stack.extend(parent for parent, _ in node.next_functions)
     return found
 
 
-def branch_of(drop: Drop, seen: Observed) -> list[Call]:
+def branch_of(drop: Call, seen: Observed) -> list[Call]:
     """The calls that are made only for a call of a drop path, in order.
 
     If another drop path is within its branch, those after it: each branch has one drop path.
     """
-    own = _ancestors([drop.into]) - _ancestors(seen.outputs, stop=drop.out)
-    first = max((other.before for other in seen.drops if other is not drop and other.out in own), default=0)
-    return [call for call in seen.calls[first : drop.before] if call.outputs and own.issuperset(call.outputs)]
+    own = ancestors(node for _, node in drop.inputs.values()) - ancestors(seen.outputs, {*drop.outputs})
+    branch = []
+    for call in seen.calls[: seen.calls.index(drop)]:
+        if call.outputs and own.issuperset(call.outputs):
+            branch = [] if call in seen.drops else [*branch, call]
+    return branch
 
 
-def entries(drop: Drop, branch: list[Call], seen: Observed, alone: bool = False) -> Calls:
+def entries(drop: Call, branch: list[Call], seen: Observed, alone: bool = False) -> Calls:
     """The arguments of a branch that come from outside and have rows of their own for each of the drop path's.
 
     Those are as many as it has, or, if computed from the block's first tensor, a multiple (such as windows). If the
@@ -136,9 +129,9 @@ def entries(drop: Drop, branch: list[Call], seen: Observed, alone: bool = False)
         groups = {}
         for position, (rows, node) in call.inputs.items():
             group, rest = divmod(rows, drop.rows)
-            of = _ancestors([node])
+            of = ancestors([node])
             if group and not rest and (group == 1 or first in of) and not of & inner:
                 groups[position] = group
         if groups:
-            found[call.child, call.number] = groups
+            found[call.key] = groups
     return found

@@ -14,10 +14,12 @@ from torch import fx, nn
 
 from ..gate import MODES, check_choice, gates
 from .branches import children
+from .drop_path_gate import gate_name
 from .drop_paths import kind_of, looks_like_drop_path
 from .example import BlockCall, block_calls
+from .hooks import install, uninstall
+from .plan import Plan
 from .plans import plan_call
-from .step import Plan, gate_name, install, uninstall
 
 Model = TypeVar("Model", bound=nn.Module)
 

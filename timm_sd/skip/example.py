@@ -11,8 +11,8 @@ from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from .drop_paths import Kind
+from .plan import kind_of_call, samples_of_call
 from .proof import OWN
-from .step import kind_of_call, samples_of_call
 
 SAMPLES, FEWEST = 5, 4  # some are dropped, and more than one is kept
 

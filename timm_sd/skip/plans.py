@@ -5,10 +5,10 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from .branches import Call, Calls, Drop, Observed, branch_of, entries
+from .branches import Call, branch_of, entries
 from .drop_paths import Kind
+from .plan import BLOCK, Branch, Plan, make_plan, samples_of_call
 from .proof import Example
-from .step import BLOCK, Branch, Plan, rows_of_call, samples_of_call
 
 
 def plan_call(
@@ -33,75 +33,54 @@ def plan_call(
 
 
 def _plan(example: Example, whole: bool | None) -> tuple[Plan, dict[str, str]]:
-    seen, device, rows = example.seen, example.values[0].device.type, rows_of_call(example.values)
     # Some samples are kept, but neither the first nor the last: dropping those changes more.
     some = {
-        (drop.name, drop.number): torch.tensor(
-            [0 < row < drop.rows - 1 and (row + i) % 3 > 0 for row in range(drop.rows)]
-        )
-        for i, drop in enumerate(seen.drops)
+        drop.key: torch.tensor([0 < row < drop.rows - 1 and (row + i) % 3 > 0 for row in range(drop.rows)])
+        for i, drop in enumerate(example.seen.drops)
     }
     none = {call: torch.zeros_like(mask) for call, mask in some.items()}
 
-    def prove(branches: list[Branch]) -> tuple[list[Branch], str | None]:
-        """The branches, with their normalizations and what is known of them without rows, and why they are wrong."""
-        calls = [(branch.drop_path, branch.call) for branch in branches]
+    def disprove(branches: list[Branch]) -> str | None:
+        batch = {(b.drop_path, b.call) for b in branches if whole or (whole is None and b.norms)}
+        return example.disprove(branches, none) or example.disprove(
+            branches, {call: none[call] if call in batch else mask for call, mask in some.items()}
+        )
 
-        def disprove(branches: list[Branch], by_row: set) -> str | None:
-            masks = {call: (some if call in by_row else none)[call] for call in calls}
-            return example.disprove(Plan(tuple(branches), rows), masks)
-
-        if why := disprove(branches, set()):
-            return branches, why
-        for i, (branch, call) in enumerate(zip(branches, calls, strict=True)):
-            norms = example.norms_of(Plan((branch,), rows), {call: none[call]})
-            branches = [*branches[:i], branch._replace(norms=norms), *branches[i + 1 :]]
-        by_row = {c for c, b in zip(calls, branches, strict=True) if not (whole or (whole is None and b.norms))}
-        if by_row and (why := disprove(branches, by_row)):
-            return branches, why
-        for i, branch in enumerate(branches):
-            empty = [*branches[:i], branch._replace(empty_on=device), *branches[i + 1 :]]
-            if not branch.alone and not disprove(empty, set()):
-                branches = empty
-        return branches, None
-
-    options = [list(_options(drop, seen, example.values)) for drop in seen.drops]
-    if all(options):
-        branches, why = prove([best for (best, _), *_ in options])
-        if not why:
-            left = {call[0]: f"not {names}" for call, ((_, names), *_) in zip(some, options, strict=True) if names}
-            return Plan(tuple(branches), rows), left
     chosen, left = [], {}
-    for (name, _), of_drop in zip(some, options, strict=True):
+    for drop in example.seen.drops:
         failed = None
-        for branch, names in of_drop:
-            branches, why = prove([branch])
-            failed = failed or why
+        for branch, names in _options(drop, example):
+            why = disprove([*chosen, branch])
             if not why:
-                chosen += branches
+                empty = branch._replace(empty_on=(example.values[0].device.type, "meta"))
+                if not branch.alone and not example.disprove([*chosen, empty], none):
+                    branch = empty
+                chosen.append(branch)
                 failed = f"not {names}" if names else None
                 break
+            failed = failed or why
         else:
             failed = failed or "nothing is computed for it alone"
         if failed:
-            left[name] = failed
-    if len(chosen) > 1 and (why := prove(chosen)[1]):
-        chosen, left = [], {"its drop paths": why}
-    return Plan(tuple(chosen), rows), left
+            left[drop.child] = failed
+    return make_plan(chosen, example.values), left
 
 
-def _options(drop: Drop, seen: Observed, values: list[torch.Tensor]) -> Iterator[tuple[Branch, str]]:
+def _options(drop: Call, example: Example) -> Iterator[tuple[Branch, str]]:
     """What a drop path's branch may be, each with the calls that would be left out, the best first."""
-    calls, samples = branch_of(drop, seen), samples_of_call(values)
-    argument = {position: 1 for position, x in enumerate(values) if x.ndim and len(x) == samples}
-    kinds: list[tuple[list[Call], Calls, bool]] = [(calls, entries(drop, calls, seen), False)]
+    seen, samples = example.seen, samples_of_call(example.values)
+    calls = branch_of(drop, seen)
+    argument = {position: 1 for position, x in enumerate(example.values) if x.ndim and len(x) == samples}
+    options = [(calls, entries(drop, calls, seen), False)]
     if len(seen.drops) == 1:
-        kinds.append((calls, {BLOCK: argument}, False))
-    kinds.append((calls, entries(drop, calls, seen, alone=True), True))
-    kinds += [(calls[start:], entries(drop, calls[start:], seen), False) for start in range(1, len(calls))]
-    for branch, begin, alone in kinds:
-        skipped = begin if alone else {(call.child, call.number) for call in branch}
-        left = ", ".join(call.child for call in calls if (call.child, call.number) not in skipped)
+        options.append((calls, {BLOCK: argument}, False))
+    options.append((calls, entries(drop, calls, seen, alone=True), True))
+    options += [(calls[start:], entries(drop, calls[start:], seen), False) for start in range(1, len(calls))]
+    for branch, begin, alone in options:
+        skipped = begin if alone else dict.fromkeys(call.key for call in branch)
+        children = tuple(dict.fromkeys(child for child, _ in skipped))
+        inside = "" if BLOCK in begin else tuple(f"{child}." for child in children)
+        norms = tuple(norm for norm in example.norms if f"{norm}.".startswith(inside))
+        left = ", ".join(call.child for call in calls if call.key not in skipped)
         if begin:
-            names = tuple(dict.fromkeys(call.child for call in branch))
-            yield Branch(drop.name, drop.number, begin, alone, names, (samples, drop.rows)), left
+            yield Branch(*drop.key, begin, alone, children, norms), left

@@ -4,7 +4,7 @@ from collections import Counter
 
 from torch import nn
 
-from .step import DropPathGate
+from .drop_path_gate import DropPathGate
 
 
 class Summary:

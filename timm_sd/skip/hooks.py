@@ -1,0 +1,232 @@
+"""How a block is made to skip: hooks on it and its children, which follow its plans.
+
+Hooks find what they follow in attributes of the modules: torch.compile compiles a block anew for a function that
+belongs to another. A block has `skipping`; children where branches begin, drop paths and normalizations have `skipped`,
+the block's `Skipping` and their name in it.
+"""
+
+import functools
+import threading
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from .drop_path_gate import DropPathGate, gate_name
+from .drop_paths import Kind
+from .plan import BLOCK, Plan, kind_of_call
+from .step import Pass, warn
+
+
+class Thread(threading.local):
+    """The passes of blocks that a thread is in, the innermost last, and the one in which it computes a part again."""
+
+    def __init__(self) -> None:
+        self.passes: list[tuple[Skipping, Pass]] = []
+        self.again: tuple[Skipping | None, Pass | None] = None, None
+
+
+class Skipping:
+    """What a block's hooks follow: its plan for each `kind_of_call`."""
+
+    def __init__(self, block: nn.Module, plans: dict[object, Plan]) -> None:
+        self.block, self.plans = block, plans
+        branches = [branch for plan in plans.values() for branch in plan.branches]
+        self.in_full = Plan(tuple(branch._replace(entries={}) for branch in branches), ())
+        self.empty_on = {name: branch.empty_on for branch in branches for name in branch.norms}
+
+    def new_pass(self, args: tuple, kwargs: dict) -> Pass:
+        """A pass of the block."""
+        gates = self.gates(self.in_full)
+        if not any(gate is not None and gate.can_close() for gate in gates) or _in_vmap():
+            return Pass(Plan((), ()), [], [])
+        kind, values = kind_of_call(args, kwargs)
+        plan = self.plans.get(kind)
+        if plan is None or not plan.fits(values):
+            warn(f"{type(self.block).__name__} computes what its drop paths drop: the example had no such call")
+            plan = self.in_full
+        return Pass(plan, self.gates(plan), values)
+
+    def gates(self, plan: Plan) -> list[DropPathGate | None]:
+        """The gate of each branch, None if its drop path has been replaced."""
+        return [getattr(self.block.get_submodule(b.drop_path), gate_name(b.call), None) for b in plan.branches]
+
+    def current(self, name: str) -> Pass | None:
+        """The pass in which a child is called, None if it is called from outside of the block."""
+        for skipping, current in reversed(passes()):
+            if skipping is self:
+                return current
+        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+            return None
+        # In a backward pass, a part of the block that it has checkpointed is computed again.
+        skipping, current = thread.again
+        if skipping is not self or current.calls[name]:
+            plan, *others = self.plans.values()
+            numbers = [n for b in plan.branches for n in (b.call, *(call for _, call in b.entries))]
+            groups = [group for b in plan.branches for of_call in b.entries.values() for group in of_call.values()]
+            if others or any(numbers) or any(group > 1 for group in groups):
+                raise RuntimeError("a part of this block cannot be checkpointed: checkpoint the whole block")
+            thread.again = self, (current := Pass(plan, self.gates(plan), None))
+        return current
+
+    @torch.compiler.disable
+    def is_closed(self, norm: str) -> bool:
+        """Whether a normalization is called in a branch that keeps no sample."""
+        current = self.current(norm)
+        opened = current.open.items() if current is not None else ()
+        return any(
+            of.kept is not None and not len(of.kept) and norm in current.branches[index].norms for index, of in opened
+        )
+
+
+thread = Thread()
+traced: list[tuple[Skipping, Pass]] = []  # torch.compile cannot see what belongs to a thread
+
+
+def passes() -> list[tuple[Skipping, Pass]]:
+    """The passes of blocks that this thread is in, the innermost last."""
+    return traced if torch.compiler.is_compiling() else thread.passes
+
+
+def begin(block: nn.Module, args: tuple, kwargs: dict) -> None:
+    """Forward pre-hook on the block."""
+    if getattr(block, "_is_replica", False) and block.skipping.empty_on:
+        raise RuntimeError(
+            "batch normalization in a branch does not work with DataParallel: use DistributedDataParallel"
+        )
+    passes().append((block.skipping, block.skipping.new_pass(args, kwargs)))
+
+
+def end(block: nn.Module, args: tuple, output: object) -> Tensor | None:
+    """Forward hook on the block, called even if its forward method raises an exception (then without output)."""
+    _, current = passes().pop()
+    if output is None or not current.branches:
+        return None
+    whole = current.branch(BLOCK)
+    if whole in current.open:
+        return current.end_of_block(whole, output)
+    if current.open:
+        names = ", ".join(current.branches[index].drop_path for index in current.open)
+        raise RuntimeError(f"{type(block).__name__}: rows were taken for {names}, which was not called")
+    if not torch.compiler.is_compiling() and current.leaks(output):
+        raise RuntimeError(f"{type(block).__name__}: a branch is used other than through its drop path")
+    return None
+
+
+def called(child: nn.Module) -> tuple[Pass | None, int | None, tuple[str, int] | None]:
+    """The pass that a child is called in, the index of the branch that begins or ends there, and the call."""
+    skipping, name = child.skipped
+    current = skipping.current(name)
+    if current is None:
+        return None, None, None
+    call = name, current.calls[name]
+    current.calls[name] += 1
+    return current, current.branch(call), call
+
+
+def enter(child: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    """Forward pre-hook where branches begin: take the kept rows of what comes from outside."""
+    for other in child._forward_hooks.values():
+        if (getattr(other, "__module__", None) or "").partition(".")[0] in ("opacus", "backpack"):
+            raise RuntimeError("gradients of each sample need all samples: undo with timm_sd.restore_drop_path(model)")
+    current, index, call = called(child)
+    if index is None:
+        return None
+    values, structure = tree_flatten((args, kwargs))
+    current.take(index, call, values)
+    return tree_unflatten(values, structure)
+
+
+def give_back(child: nn.Module, args: tuple, output: object) -> object:
+    """Forward hook on a child that is computed alone: put its rows back at once."""
+    skipping, name = child.skipped
+    current = skipping.current(name)
+    index = current.branch((name, current.calls[name] - 1)) if current is not None else None
+    if index is None or not current.branches[index].alone or current.open[index].computed is None:
+        return None
+    return tree_map(lambda y: current.open[index].put(y, 1.0) if isinstance(y, Tensor) else y, output)
+
+
+def leave(drop_path: nn.Module, *args: object, **kwargs: object) -> Tensor:
+    """The forward method of a drop path: put the branch's rows back among zeros."""
+    current, index, _ = called(drop_path)
+    if index is None:
+        return type(drop_path).forward(drop_path, *args, **kwargs)
+    return current.end(index, *args[:1] or kwargs.values())
+
+
+def normalize(norm: nn.Module, x: Tensor, *args: object, **kwargs: object) -> object:
+    """The forward method of a normalization over the batch: without samples, it keeps its statistics."""
+    skipping, name = norm.skipped
+    if len(x) == 0 or (x.device.type not in skipping.empty_on[name] and skipping.is_closed(name)):
+        frozen = object.__new__(type(norm))  # other threads would see a flag set in the module
+        frozen.__dict__ = norm.__dict__ | {"training": False}
+        norm = frozen
+    return type(norm).forward(norm, x, *args, **kwargs)
+
+
+def not_compiled(function: Callable) -> Callable:
+    """A hook for modes "row" and "batch", where the host reads the gates.
+
+    In a compiled region, a gate's value would become part of the graph: one graph for each pattern of gates.
+    """
+    function = torch.compiler.disable(function)
+    function.__name__ = function.__qualname__ = f"{function.__name__}_not_compiled"  # under which pickle looks it up
+    return function
+
+
+HOOKS = begin, end, enter, give_back, leave
+NOT_COMPILED = tuple(map(not_compiled, HOOKS))
+begin_not_compiled, end_not_compiled, enter_not_compiled, give_back_not_compiled, leave_not_compiled = NOT_COMPILED
+
+
+def _in_vmap() -> bool:
+    """Whether torch.func.vmap is active, in which the number of rows cannot depend on the sample."""
+    levels = () if torch.compiler.is_compiling() else torch._C._functorch.get_interpreter_stack() or ()
+    return any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels)
+
+
+def install(
+    block: nn.Module, kinds: dict[str, Kind], plans: dict[object, Plan], modes: dict[tuple[str, int], str]
+) -> None:
+    """Make a block follow its plans.
+
+    Args:
+        block: The block.
+        kinds: The kind of each of its drop paths, by name.
+        plans: A plan for each `kind_of_call`.
+        modes: The mode of each call of a drop path that has a branch, by the drop path's name and number of the call.
+    """
+    begin, end, enter, give_back, leave = HOOKS if set(modes.values()) == {"count"} else NOT_COMPILED
+    block.skipping = skipping = Skipping(block, plans)
+    block.register_forward_pre_hook(begin, with_kwargs=True)
+    block.register_forward_hook(end, always_call=True)
+    branches = [branch for plan in plans.values() for branch in plan.branches]
+    for child, alone in {child: branch.alone for branch in branches for child, _ in branch.entries}.items():
+        module = block.get_submodule(child)
+        module.skipped = skipping, child
+        module.register_forward_pre_hook(enter, with_kwargs=True)
+        if alone:
+            module.register_forward_hook(give_back)
+    for (name, call), mode in modes.items():
+        drop_path = block.get_submodule(name)
+        drop_path.skipped, drop_path.forward = (skipping, name), functools.partial(leave, drop_path)
+        DropPathGate(drop_path, kinds[name], call, mode)
+    for name in skipping.empty_on:
+        norm = block.get_submodule(name)
+        norm.skipped, norm.forward = (skipping, name), functools.partial(normalize, norm)
+
+
+def uninstall(module: nn.Module) -> None:
+    """Remove from a module what `install` has added."""
+    if getattr(vars(module).get("forward"), "func", None) in (*HOOKS, *NOT_COMPILED, normalize):
+        del module.forward
+    for name in {"skipping", "skipped", "not_skipped"} & vars(module).keys():
+        delattr(module, name)
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key in [key for key, each in hooks.items() if each in (*HOOKS, *NOT_COMPILED)]:
+            for of_kind in (hooks, module._forward_pre_hooks_with_kwargs, module._forward_hooks_always_called):
+                of_kind.pop(key, None)
+    for name in [name for name, child in module.named_children() if isinstance(child, DropPathGate)]:
+        delattr(module, name)
