@@ -87,7 +87,7 @@ def skip_drop_path(
                 ' mode="batch" or "auto", or allow it with allow_batch_norm=True'
             )
         auto = "batch" if branch.norms and not allow_batch_norm else "row"
-        modes[name][branch.drop_path, branch.call] = auto if mode == "auto" else mode
+        modes[name][branch.end] = auto if mode == "auto" else mode
     messages = _complaints(probe, kinds, modes, left)
     if strict and messages:
         raise ValueError(" ".join(messages))
@@ -97,7 +97,7 @@ def skip_drop_path(
     for name, of_block in modes.items():
         install(model.get_submodule(name), blocks[name], plans[name], of_block)
     for name, branch in branches:
-        gate = getattr(model.get_submodule(f"{name}.{branch.drop_path}".lstrip(".")), gate_name(branch.call))
+        gate = getattr(model.get_submodule(f"{name}.{branch.drop_path}".lstrip(".")), gate_name(branch.end[1]))
         of_children = (flops.get(f"{name}.{child}".lstrip("."), 0) for child in branch.children)
         gate.tally.flops = sum(of_children) / (flops.get("", 0) or 1)
     chosen = [gate.mode for gate in gates(model)]

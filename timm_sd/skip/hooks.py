@@ -33,24 +33,25 @@ class Skipping:
     def __init__(self, block: nn.Module, plans: dict[object, Plan]) -> None:
         self.block, self.plans = block, plans
         branches = [branch for plan in plans.values() for branch in plan.branches]
+        self.calls = dict.fromkeys(branch.end for branch in branches)
         self.in_full = Plan(tuple(branch._replace(entries={}) for branch in branches), ())
         self.empty_on = {name: branch.empty_on for branch in branches for name in branch.norms}
 
     def new_pass(self, args: tuple, kwargs: dict) -> Pass:
         """A pass of the block."""
-        gates = self.gates(self.in_full)
-        if not any(gate is not None and gate.can_close() for gate in gates) or _in_vmap():
-            return Pass(Plan((), ()), [], [])
+        gates = self.gates()
+        if not any(gate is not None and gate.can_close() for gate in gates.values()) or _in_vmap():
+            return Pass(Plan((), ()), {}, [])
         kind, values = kind_of_call(args, kwargs)
         plan = self.plans.get(kind)
         if plan is None or not plan.fits(values):
             warn(f"{type(self.block).__name__} computes what its drop paths drop: the example had no such call")
             plan = self.in_full
-        return Pass(plan, self.gates(plan), values)
+        return Pass(plan, gates, values)
 
-    def gates(self, plan: Plan) -> list[DropPathGate | None]:
-        """The gate of each branch, None if its drop path has been replaced."""
-        return [getattr(self.block.get_submodule(b.drop_path), gate_name(b.call), None) for b in plan.branches]
+    def gates(self) -> dict[tuple[str, int], DropPathGate | None]:
+        """The gate of each call of a drop path, None if it has been replaced."""
+        return {call: getattr(self.block.get_submodule(call[0]), gate_name(call[1]), None) for call in self.calls}
 
     def current(self, name: str) -> Pass | None:
         """The pass in which a child is called, None if it is called from outside of the block."""
@@ -63,11 +64,11 @@ class Skipping:
         skipping, current = thread.again
         if skipping is not self or current.calls[name]:
             plan, *others = self.plans.values()
-            numbers = [n for b in plan.branches for n in (b.call, *(call for _, call in b.entries))]
+            numbers = [number for b in plan.branches for _, number in (b.end, *b.entries)]
             groups = [group for b in plan.branches for of_call in b.entries.values() for group in of_call.values()]
             if others or any(numbers) or any(group > 1 for group in groups):
                 raise RuntimeError("a part of this block cannot be checkpointed: checkpoint the whole block")
-            thread.again = self, (current := Pass(plan, self.gates(plan), None))
+            thread.again = self, (current := Pass(plan, self.gates(), None))
         return current
 
     @torch.compiler.disable
@@ -100,6 +101,8 @@ def begin(block: nn.Module, args: tuple, kwargs: dict) -> None:
 
 def end(block: nn.Module, args: tuple, output: object) -> Tensor | None:
     """Forward hook on the block, called even if its forward method raises an exception (then without output)."""
+    if not passes() or passes()[-1][0] is not block.skipping:
+        return None  # a pre-hook has failed before `begin`
     _, current = passes().pop()
     if output is None or not current.branches:
         return None

@@ -13,20 +13,24 @@ BLOCK = "", 0  # the call of the block itself, where its whole forward method is
 
 
 class Branch(NamedTuple):
-    """A call of a drop path whose branch is skipped.
+    """What is skipped for a call of a drop path.
 
-    `entries` are the calls where rows are taken; without any, the drop path drops what has been computed. If they are
+    `end` is that call, and `entries` are those where rows are taken; without any, the drop path drops what has been
+    computed. If they are
     `alone`, each puts its results back at once, so that the code between them sees all samples. `norms` are the modules
     in it that compute statistics over the batch, and `empty_on` the types of devices on which it works on no rows.
     """
 
-    drop_path: str
-    call: int
+    end: tuple[str, int]
     entries: Calls
     alone: bool = False
     children: tuple[str, ...] = ()  # all that it calls
     norms: tuple[str, ...] = ()
     empty_on: tuple[str, ...] = ()
+
+    @property
+    def drop_path(self) -> str:
+        return self.end[0]
 
     def modules(self) -> set[str]:
         """The modules of the block that get hooks, or another forward method."""

@@ -45,7 +45,7 @@ def _plan(example: Example, whole: bool | None) -> tuple[Plan, dict[str, str]]:
     none = {call: torch.zeros_like(mask) for call, mask in some.items()}
 
     def disprove(branches: list[Branch]) -> str | None:
-        batch = {(b.drop_path, b.call) for b in branches if whole or (whole is None and b.norms)}
+        batch = {b.end for b in branches if whole or (whole is None and b.norms)}
         return example.disprove(branches, none) or example.disprove(
             branches, {call: none[call] if call in batch else mask for call, mask in some.items()}
         )
@@ -91,4 +91,4 @@ def _options(drop: Call, example: Example) -> Iterator[tuple[Branch, str]]:
         norms = tuple(norm for norm in example.norms if f"{norm}.".startswith(inside))
         left = ", ".join(call.child for call in calls if call.key not in skipped)
         if begin:
-            yield Branch(*drop.key, begin, alone, children, norms), left
+            yield Branch(drop.key, begin, alone, children, norms), left

@@ -89,9 +89,9 @@ class Example:
 
     def compute(self, branches: list[Branch], masks: Masks, seed: int = 0) -> tuple[list, list]:
         """What a pass computes if these branches are skipped, and others computed in full, with these gates."""
-        block, skipped = self.copy(), {(branch.drop_path, branch.call): branch for branch in branches}
+        block, skipped = self.copy(), {branch.end: branch for branch in branches}
         calls = [drop.key for drop in self.seen.drops]
-        plan = make_plan([skipped.get(call) or Branch(*call, entries={}) for call in calls], self.values)
+        plan = make_plan([skipped.get(call) or Branch(call, entries={}) for call in calls], self.values)
         install(block, self.kinds, {self.kind: plan}, dict.fromkeys(calls, "row"))
         for name, call in calls:
             gate = getattr(block.get_submodule(name), gate_name(call)).train((name, call) in masks)

@@ -52,11 +52,13 @@ class Open(NamedTuple):
 class Pass:
     """One pass of a block: how often its children have been called, and the branches that have begun."""
 
-    def __init__(self, plan: Plan, gates: list[DropPathGate | None], inputs: list[Tensor] | None) -> None:
+    def __init__(
+        self, plan: Plan, gates: dict[tuple[str, int], DropPathGate | None], inputs: list[Tensor] | None
+    ) -> None:
         """
         Args:
             plan: The plan to follow.
-            gates: The gate of each branch, None if its drop path has been replaced.
+            gates: The gate of each call of a drop path, None if it has been replaced.
             inputs: The tensors that the block is called with, None if only a part of it is computed again.
         """
         self.branches, self.gates, self.inputs, self.part = plan.branches, gates, inputs or [], inputs is None
@@ -67,15 +69,16 @@ class Pass:
 
     def branch(self, call: tuple[str, int]) -> int | None:
         """The index of the branch that begins or ends with this call; None if it cannot be skipped now."""
-        for index, (branch, gate) in enumerate(zip(self.branches, self.gates, strict=True)):
-            if call in branch.entries or call == (branch.drop_path, branch.call):
+        for index, branch in enumerate(self.branches):
+            if call in branch.entries or call == branch.end:
+                gate = self.gates[branch.end]
                 return index if gate is not None and gate.can_close() else None
         return None
 
     def begin(self, index: int, x: Tensor, group: int = 1) -> Open:
         """Draw the gate of a branch that begins with x, of which a sample has a group of rows."""
         size = len(x) if group == 1 else samples_of_call(self.inputs)
-        rows, scale = self.gates[index].draw_rows(size)
+        rows, scale = self.gates[self.branches[index].end].draw_rows(size)
         if len(rows) == size:
             return Open(None, None, size, scale, False)
         rows = computed = rows.to(x.device, non_blocking=True)
