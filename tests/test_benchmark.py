@@ -181,29 +181,29 @@ def test_the_clock_of_the_branches(peers):
 
 
 def test_savings(peers):
-    """Savings are relative to no drop path, ratios to DropPath."""
+    """Savings are relative to no drop path, ratios to DropPath. The interval is 1.96 * 0.0269 / 2.1 / 2**0.5."""
     measured = {
-        "no drop path": peers.Measured(2.0, 2.0, 0.0, 5e9, 100),
-        "DropPath": peers.Measured(2.1, 1.6, 0.2, 5e9, 120),
-        "row": peers.Measured(1.7, 1.6, 0.2, 4e9, 90),
+        "no drop path": peers.Measured([1.9, 2.1], 2.0, 0.0, 5e9, 100),
+        "DropPath": peers.Measured([2.0, 2.2], 1.6, 0.2, 5e9, 120),
+        "row": peers.Measured([1.6, 1.8], 1.6, 0.2, 4e9, 90),
     }
     rows = [line.split() for line in peers.table(measured, batch_size=8).splitlines()[1:]]
-    assert rows[0][3:] == ["2.000", "4.00", "0.952", "1.000", "100", "0.833", "0.000", "2.000", "-"]
+    assert rows[0][3:] == ["2.000", "4.00", "0.952", "±0.004", "1.000", "100", "0.833", "0.000", "2.000", "-"]
     assert rows[1][-3:] == ["0.200", "1.600", "-25.0%"]
-    assert rows[2][1:] == ["1.700", "4.71", "0.810", "0.800", "90", "0.750", "0.200", "1.600", "75.0%"]
+    assert rows[2][1:] == ["1.700", "4.71", "0.810", "±0.018", "0.800", "90", "0.750", "0.200", "1.600", "75.0%"]
 
 
 @pytest.mark.usefixtures("_one_thread")
 def test_timm_models_and_their_plot(benchmark, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(benchmark, "in_own_process", lambda *args: 100)  # peak memory
     plot = tmp_path / "timm.svg"
-    benchmark.compare_timm(["test_vit"], [0.1, 0.4], 2, 1, plot)
+    benchmark.compare_timm(["test_vit"], [0.1, 0.4], 2, 2, plot)
     out = capsys.readouterr().out
     for rate, table in zip((0.1, 0.4), out.split("A training step of ")[1:], strict=True):
-        assert table.startswith(f"test_vit at drop path rate {rate}, batch 2, 1 steps")
+        assert table.startswith(f"test_vit at drop path rate {rate}, batch 2, 2 steps")
     rows = {line[:14].strip(): line[14:].split() for line in table.splitlines()[2:8]}
     assert list(rows) == ["no drop path", "DropPath", "DINOv2's form", "batch", "row", "count"]
-    flops = {kind: float(row[3]) for kind, row in rows.items()}
+    flops = {kind: float(row[4]) for kind, row in rows.items()}
     assert flops["no drop path"] == flops["DropPath"] == flops["count"] == 1  # of two samples, it drops none at 0.1
     assert 1 > flops["DINOv2's form"] > 0.5
     assert plot.read_text().startswith("<?xml")
@@ -211,7 +211,7 @@ def test_timm_models_and_their_plot(benchmark, capsys, monkeypatch, tmp_path):
 
 def test_what_the_plot_shows(peers):
     def of_kind(seconds, perfect):
-        return peers.Measured(seconds, perfect, 0.2, 1e9, 100)
+        return peers.Measured([seconds] * 2, perfect, 0.2, 1e9, 100)
 
     vit = {
         "no drop path": of_kind(1.9, 1.9),
@@ -236,6 +236,7 @@ def test_what_the_plot_shows(peers):
     "flags",
     [
         ["--timm-rates", "0"],
+        ["--timm-steps", "1"],
         ["--parts", "step", "--plot", "timm.svg"],
         ["--plot", "timm.xyz"],
         ["--plot", "nowhere/timm.svg"],

@@ -345,7 +345,7 @@ def measure_timm(model: str, rates: Sequence[float], batch_size: int, count: int
             dropped = benchmark_timm.dropped(kind, survival[rate], batch_size, range(count))
             perfect = perfect_seconds(mean[none], branch_seconds, dropped)
             share = (mean[none] - perfect) / sum(branch_seconds)
-            measured[rate][kind] = Measured(mean[case], perfect, share, flops[case], memory[case])
+            measured[rate][kind] = Measured(seconds[case], perfect, share, flops[case], memory[case])
     return measured
 
 
@@ -359,9 +359,9 @@ def compare_timm(models: Sequence[str], rates: Sequence[float], batch_size: int,
             if rate == max(rates):
                 at_highest[model] = of_rate
     say(
-        "\nratios are relative to DropPath; `dropped` is the share of samples dropped in these steps, weighted by the"
-        "\nbranches' time; perfect skipping would save all that time at no cost, and take `perfect` seconds per step;"
-        "\n`saved` is the share of that saving that is achieved, both compared with no drop path"
+        "\nratios are relative to DropPath, with 95% intervals; `dropped` is the share of samples that these steps drop,"
+        "\nweighted by the branches' time; perfect skipping would save all that time at no cost, and take `perfect`"
+        "\nseconds per step; `saved` is the share of that saving that is achieved, both compared with no drop path"
     )
     if plot is not None:
         figure = benchmark_timm.draw_times(at_highest, max(rates))
@@ -384,6 +384,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--plot", type=path, help="PNG or SVG file to plot the timm models at the highest rate")
     parser.add_argument("--data-dir", type=path, default=Path("data"), help="folder with torchvision's CIFAR-10 files")
     args = parser.parse_args()
+    if args.timm_steps < 2:
+        parser.error(f"--timm-steps {args.timm_steps}: intervals need at least 2")
     if not all(0 < rate < 1 for rate in args.timm_rates):
         parser.error(f"--timm-rates {' '.join(map(str, args.timm_rates))}: they must lie between 0 and 1")
     if args.plot is not None:

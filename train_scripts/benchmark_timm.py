@@ -8,6 +8,7 @@ All kinds of step use the same model with the same probabilities:
     "row", "count", "batch"   the model converted by `skip_drop_path`, in each mode
 """
 
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -36,11 +37,21 @@ Step = Callable[[int], None]
 class Measured(NamedTuple):
     """The measurements of one kind of training step."""
 
-    seconds: float
+    times: list[float]  # seconds of each step
     perfect: float  # seconds, if what it drops took no time
     dropped: float  # share of the samples, weighted by the time of the branches
     flops: float
     memory: float  # MiB
+
+    @property
+    def seconds(self) -> float:
+        return statistics.mean(self.times)
+
+    def ratio(self, base: "Measured") -> tuple[float, float]:
+        """The time relative to another kind of step's, and half of its 95% interval, from steps that took turns."""
+        ratio = self.seconds / base.seconds
+        errors = [ours - ratio * theirs for ours, theirs in zip(self.times, base.times, strict=True)]
+        return ratio, 1.96 * statistics.stdev(errors) / base.seconds / len(errors) ** 0.5
 
 
 class DinoV2Block(nn.Module):
@@ -245,14 +256,15 @@ def table(measured: dict[str, Measured], batch_size: int) -> str:
     """The kinds of step of one model at one rate, one line each."""
     base, none = measured[DROP_PATH], measured[NONE]
     lines = [
-        f"{'':14} {'s/step':>9} {'images/s':>9} {'ratio':>6} {'FLOPs':>6} {'MiB':>7} {'ratio':>6}"
+        f"{'':14} {'s/step':>9} {'images/s':>9} {'ratio':>6} {'95%':>7} {'FLOPs':>6} {'MiB':>7} {'ratio':>6}"
         f" {'dropped':>8} {'perfect':>8} {'saved':>7}"
     ]
     for kind, of_kind in measured.items():
-        seconds, perfect, dropped, flops, memory = of_kind
+        _, perfect, dropped, flops, memory = of_kind
+        seconds, (ratio, interval) = of_kind.seconds, of_kind.ratio(base)
         saved = f"{(none.seconds - seconds) / (none.seconds - perfect):.1%}" if dropped else "-"
         lines.append(
-            f"{kind:14} {seconds:9.3f} {batch_size / seconds:9.2f} {seconds / base.seconds:6.3f}"
+            f"{kind:14} {seconds:9.3f} {batch_size / seconds:9.2f} {ratio:6.3f} {f'±{interval:.3f}':>7}"
             f" {flops / base.flops:6.3f} {memory:7.0f} {memory / base.memory:6.3f}"
             f" {dropped:8.3f} {perfect:8.3f} {saved:>7}"
         )

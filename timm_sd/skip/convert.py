@@ -75,8 +75,9 @@ def skip_drop_path(
             blocks[name] = own
     whole = True if mode == "batch" else False if mode != "auto" or allow_batch_norm else None
     with _undisturbed():
-        calls, left, flops = block_calls(probe, blocks, example) if blocks else ([], [], {})
-        plans = _plans(probe, blocks, whole, calls, left)
+        calls, uncalled, flops = block_calls(probe, blocks, example) if blocks else ([], {}, {})
+        plans, left = _plans(probe, blocks, whole, calls)
+    left += [("its drop paths", why, name) for name, why in uncalled.items()]
     branches = [(name, branch) for name, of_block in plans.items() for p in of_block.values() for branch in p.branches]
     modes = defaultdict(dict)
     for name, branch in branches:
@@ -111,10 +112,10 @@ def skip_drop_path(
 
 
 def _plans(
-    model: nn.Module, blocks: dict, whole: bool | None, calls: list[BlockCall], left: list[tuple[str, str, str]]
-) -> dict[str, dict[object, Plan]]:
-    """For each block the plan for each kind of call. What is not skipped is added to `left`."""
-    plans, known, owners = defaultdict(dict), {}, {}
+    model: nn.Module, blocks: dict, whole: bool | None, calls: list[BlockCall]
+) -> tuple[dict[str, dict[object, Plan]], list[tuple[str, str, str]]]:
+    """For each block the plan for each kind of call; and what is not skipped, why, and in which block."""
+    plans, left, known, owners = defaultdict(dict), [], {}, {}
     for call in calls:
         block = model.get_submodule(call.block)
         if call.alike not in known:
@@ -131,7 +132,7 @@ def _plans(
         if "its drop paths" in of_call:
             plans[call.block][call.kind] = Plan((), plan.rows)
         left += [(name, why, call.block) for name, why in of_call.items()]
-    return plans
+    return plans, left
 
 
 def _complaints(model: nn.Module, kinds: dict, modes: dict, left: list[tuple[str, str, str]]) -> list[str]:

@@ -29,7 +29,7 @@ class BlockCall(NamedTuple):
 
 def block_calls(
     model: nn.Module, blocks: dict[str, dict[str, Kind]], example: object
-) -> tuple[list[BlockCall], list[tuple[str, str, str]], dict[str, int]]:
+) -> tuple[list[BlockCall], dict[str, str], dict[str, int]]:
     """A training pass: its calls of blocks, one of each kind and shape, why other blocks are left, and modules' FLOPs.
 
     Args:
@@ -41,57 +41,49 @@ def block_calls(
         ValueError: The model does not run on the example or, without one, on noise.
     """
     calls: dict[object, BlockCall] = {}
-    few: dict[str, str] = {}
-    used = set()
+    left: dict[str, str] = {}
+    used: set[str] = set()
 
     def before_block(name: str, block: nn.Module, args: tuple, kwargs: dict) -> None:
         kind, values = kind_of_call(args, kwargs)
         shapes = tuple((x.shape, x.dtype) for x in values)
         if samples_of_call(values) < FEWEST:
-            few[name] = f"it gets {samples_of_call(values)} samples, but at least {FEWEST} are needed"
+            left[name] = f"it gets {samples_of_call(values)} samples, but at least {FEWEST} are needed"
         elif (name, kind, shapes) not in calls:
             alike = _settings(block, blocks[name]), kind, shapes
             args, kwargs = tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, (args, kwargs))
             calls[name, kind, shapes] = BlockCall(name, args, kwargs, kind, alike)
 
-    def before_drop_path(drop_path: nn.Module, _: tuple) -> None:
-        used.add(drop_path)
+    def before_drop_path(name: str, *_: object) -> None:
+        used.add(name)
 
-    drop_paths = {
-        name: [model.get_submodule(name).get_submodule(child) for child in own] for name, own in blocks.items()
-    }
-    for name, own in drop_paths.items():
-        model.get_submodule(name).register_forward_pre_hook(partial(before_block, name), with_kwargs=True)
-        for drop_path in own:
-            drop_path.register_forward_pre_hook(before_drop_path)
+    for name, drop_paths in blocks.items():
+        block = model.get_submodule(name)
+        block.register_forward_pre_hook(partial(before_block, name), with_kwargs=True)
+        for drop_path in drop_paths:
+            block.get_submodule(drop_path).register_forward_pre_hook(partial(before_drop_path, name))
     model.requires_grad_(False)  # the counter of FLOPs would look for gradients
-    failed = None
+    errors = []
     for given in _noise(model) if example is None else [example]:
         given = tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, given)
         args, kwargs = ((), given) if isinstance(given, dict) else (given if isinstance(given, tuple) else (given,), {})
-        for found in (calls, few, used):
-            found.clear()
         try:
             # FLOPs of fused attention are not counted on every device.
             with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
                 model(*args, **kwargs)
+            break
         except Exception as error:  # whatever a forward method raises for what it was not made for
-            failed = failed or error
-            continue
-        called = {name for name, *_ in calls} | few.keys()
-        if few and not calls:
-            raise ValueError(
-                "the example is too small: " + "; ".join(f"{name or 'its block'}: {why}" for name, why in few.items())
-            )
-        uncalled = [name for name, own in drop_paths.items() if name not in called and used & {*own}]
-        left = [("its drop paths", why, name) for name, why in few.items()]
-        left += [("its drop paths", "it is not called itself", name) for name in uncalled]
-        flops = {name.partition(".")[2]: sum(of.values()) for name, of in counter.get_flop_counts().items()}
-        return [call for call in calls.values() if used & {*drop_paths[call.block]}], left, flops
-    what = "the example" if example is not None else "noise, so it needs an example="
-    raise ValueError(
-        f"the model does not run on {what} ({type(failed).__name__}: {failed})".splitlines()[0]
-    ) from failed
+            errors.append(error)
+            for found in (calls, left, used):
+                found.clear()
+    else:
+        what = "the example" if example is not None else "noise, so it needs an example="
+        why = f"{type(errors[0]).__name__}: {errors[0]}".splitlines()[0]
+        raise ValueError(f"the model does not run on {what} ({why})") from errors[0]
+    called = {call.block for call in calls.values()} | left.keys()
+    left |= dict.fromkeys(used - called, "it is not called itself")
+    flops = {name.partition(".")[2]: sum(of.values()) for name, of in counter.get_flop_counts().items()}
+    return [call for call in calls.values() if call.block in used], left, flops
 
 
 def _noise(model: nn.Module) -> Iterator[object]:
