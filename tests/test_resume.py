@@ -280,6 +280,21 @@ def test_a_damaged_checkpoint_is_named(two_checkpoints, whole, tmp_path, name, d
         assert end_of(run) == whole
 
 
+def test_a_run_from_before_an_option_existed(two_checkpoints, whole, tmp_path):
+    run = shutil.copytree(two_checkpoints, tmp_path / "run")
+    for folder in run, *(run / "checkpoints").iterdir():
+        config = json.loads((folder / "config.json").read_text())
+        del config["options"]["ema_decay"], config["environments"][0]["numpy"]
+        (folder / "config.json").write_text(json.dumps(config))
+    for checkpoint in (run / "checkpoints").iterdir():
+        (checkpoint / files.SUMS_FILE).unlink()
+        files.write_sums(checkpoint)
+    with pytest.raises(UserError, match="different options"):
+        training.train(options_for(run, resume=True, ema_decay=0.5))
+    training.train(options_for(run, resume=True))
+    assert end_of(run) == whole
+
+
 def test_the_only_checkpoint_is_damaged(two_checkpoints, tmp_path):
     run = shutil.copytree(two_checkpoints, tmp_path / "run")
     shutil.rmtree(run / "checkpoints" / "epoch-00002-step-000000")

@@ -7,9 +7,12 @@ POSITIVE = ("images_per_second", "seconds")
 
 
 def check_metrics(history: list[dict[str, float]]) -> None:
-    """Raise ValueError or TypeError unless `history` has the metrics of epochs 1, 2, ..., each a possible number."""
+    """Raise ValueError or TypeError unless `history` has the metrics of epochs 1, 2, ..., each a possible number.
+
+    It may have others, of a later version.
+    """
     for epoch, line in enumerate(history, start=1):
-        possible = isinstance(line, dict) and line.keys() == set(METRICS) and line["epoch"] == epoch
+        possible = isinstance(line, dict) and line.keys() >= set(METRICS) and line["epoch"] == epoch
         for name, value in line.items() if possible else ():
             highest = 100 if name.endswith("_error") else 1e12 if name == "seconds" else 1e30
             possible &= type(value) in (int, float) and 0 <= value <= highest and (value > 0 or name not in POSITIVE)

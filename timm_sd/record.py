@@ -9,45 +9,44 @@ from pathlib import Path
 from . import paper
 from .errors import UserError
 from .gate import gates
-from .options import BOUND_OPTIONS, GROUPS, REGULARIZATION, Options, flag
+from .options import BOUND_OPTIONS, DEFAULTS, GROUPS, REGULARIZATION, Options, flag
 from .run_folder import Progress, RunFolder, read_config, summarize
 
-# The entries of every environment. (Earlier versions did not record NumPy.) All but the first have "since", too: the
-# checkpoint that was resumed there.
+# The facts in every environment, and those that not all have: "since" is the checkpoint that was resumed there.
 COUNTS = ("processes", "threads")
 WORDS = ("device", "processor", "dynamo_backend", "timm_sd", "python", "torch", "torchvision", "timm", "accelerate")
-OPTIONAL_WORDS = ("git_commit", "numpy")
+LATER = ("git_commit", "numpy", "since")
 MACHINE = ("device", "processor", "processes", "threads")  # what the speed depends on most
 
 
 def read_options(path: Path) -> Options:
     """The options of a folder's run, without those that do not affect its weights.
 
-    Raises UserError if the folder contains no run, or one from another version of this package.
+    An option that is newer than the run has its default, which is what the run did.
+
+    Raises UserError if the folder contains no run, or one with other values than this version of the package has.
     """
-    options = read_config(path)["options"]
+    options = DEFAULTS | read_config(path)["options"]
+    values = {name: options[name] for name in BOUND_OPTIONS}
     try:
-        values = {name: options[name] for name in BOUND_OPTIONS}
         return Options(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
-    except KeyError as error:
-        raise UserError(f"{path / 'config.json'} is from another version or damaged: no option {error}") from error
     except UserError as error:
         raise UserError(f"{path / 'config.json'} is from another version or damaged: {error}") from error
 
 
 def _check_environment(path: Path, where: dict, resumed: bool) -> None:
-    """Raise UserError unless it has the entries of `machine.environment`, in words that fit in a Markdown table."""
+    """Raise UserError unless it has these facts, and all of them are words that fit in a Markdown table, or numbers."""
 
     def is_word(value: object) -> bool:
         return isinstance(value, str) and value.isprintable() and not re.search(r"[|`<>{}\\]", value)
 
     possible = {name: type(where.get(name)) is int and 0 < where[name] < 2**31 for name in COUNTS}
     possible |= {name: is_word(where.get(name)) for name in WORDS}
-    possible |= {name: where.get(name) is None or is_word(where[name]) for name in OPTIONAL_WORDS}
+    others = where.keys() - possible.keys()
+    possible |= {name: is_word(name) and (where[name] is None or is_word(str(where[name]))) for name in others}
     if resumed:
         since = where.get("since")
         possible["since"] = isinstance(since, str) and bool(re.fullmatch(r"epoch-0*[1-9]\d{0,8}-step-\d+", since))
-    possible |= dict.fromkeys(where.keys() - possible.keys(), False)
     for name, is_possible in possible.items():
         if not is_possible:
             raise UserError(
@@ -97,6 +96,11 @@ class Record:
     def machine(self) -> tuple[str | int, ...]:
         """The machine that the run began on."""
         return tuple(self.environments[0][name] for name in MACHINE)
+
+    @property
+    def other_facts(self) -> list[str]:
+        """The names of facts about the environments that this version of the package does not know."""
+        return list({name: None for where in self.environments for name in where if name not in COUNTS + WORDS + LATER})
 
     @property
     def before_move(self) -> list[dict[str, float]]:

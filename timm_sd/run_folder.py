@@ -28,7 +28,7 @@ from torch import nn
 from .errors import UserError
 from .files import check_sums, parse_json, read_json, sha256, sync, write, write_json, write_sums, writing
 from .metrics import SUMS, check_metrics
-from .options import BOUND_OPTIONS, Options
+from .options import BOUND_OPTIONS, DEFAULTS, Options
 
 BEST_FILE = "best.safetensors"
 CONFIG_FILE = "config.json"
@@ -135,7 +135,7 @@ class RunFolder:
         self.last = everything[-1]
         self.configuration, progress = self._read(self.last)
         bound = {name: options[name] for name in (*BOUND_OPTIONS, "mixed_precision")}
-        if differing := _differences(self.configuration["options"], bound):
+        if differing := _differences(DEFAULTS | self.configuration["options"], bound):
             raise UserError(f"{self.path} has a run with different options ({differing}): choose another --output")
         if progress.epoch > options["epochs"]:  # finished: it takes no step here
             return progress, "", self.last
@@ -264,7 +264,7 @@ def read_config(path: Path) -> dict:
         config = read_json(path / CONFIG_FILE)
         if not isinstance(config["options"], dict) or not all(isinstance(it, dict) for it in config["environments"]):
             raise TypeError
-        config["environments"][0]
+        config["options"]["model"], config["environments"][0]
         return config
     except (OSError, ValueError, TypeError, LookupError) as error:
         raise UserError(f"{path} has no run: its config.json is missing, damaged or not from a run") from error
@@ -281,7 +281,9 @@ def read_summary(path: Path) -> dict:
 
 
 def _differences(before: dict, now: dict) -> str:
-    """In words, the entries of `now` that differ from those of `before`."""
+    """In words, the entries of `now` that differ from those of `before`, of those that it has."""
     return ", ".join(
-        f"{name} was {before.get(name)} and is now {value}" for name, value in now.items() if before.get(name) != value
+        f"{name} was {before[name]} and is now {value}"
+        for name, value in now.items()
+        if name in before and before[name] != value
     )
