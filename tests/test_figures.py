@@ -445,6 +445,11 @@ def change(file, key, value=None):
             r"a/config.json is from another version or damaged: device is missing or not valid \('{{ x }}'\)",
         ),
         (lambda: change("config.json", "threads", 0), r"a/config.json is from .*: threads is missing or .* \(0\)"),
+        (
+            lambda: change("config.json", "since", "epoch-00001-step-000000"),  # of the first environment
+            r"a/config.json is from .*: since is missing or .* \('epoch-00001-step-000000'\)",
+        ),
+        (lambda: change("config.json", "git_commit", 5), r"a/config.json is from .*: git_commit is .* \(5\)"),
         (lambda: move("a", "epoch-00000-step-000000", 1.0), r"a/config.json is from .*: since is missing or .*"),
         (lambda: move("a", "epoch-00001-step-noon", 1.0), r"a/config.json is from .*: since is missing or .*"),
         (
@@ -493,11 +498,11 @@ def test_runs_of_other_versions(command, made_up):
         del config["options"][name]
     config["environments"][0] |= {"triton": "3.6.0", "gpus": 8, "driver": None}
     Path("a/config.json").write_text(json.dumps(config))
-    Path("a/metrics.jsonl").write_text("".join(json.dumps(json.loads(line) | {"calls": 7}) + "\n" for line in lines))
+    Path("a/metrics.jsonl").write_text("".join(json.dumps(json.loads(line) | {"calls": "7"}) + "\n" for line in lines))
     record = Record.read(Path("a"))
     assert record.options == before.options
     assert record.other_facts == ["triton", "gpus", "driver"]
-    assert record.history == [line | {"calls": 7} for line in before.history]
+    assert record.history == [line | {"calls": "7"} for line in before.history]
     assert command("figures", "--runs", "a", "--out", "out")[0] == 0
     for fact in "a | b", "{{ x }}":
         change("config.json", "triton", fact)

@@ -1,9 +1,10 @@
 """Converted blocks that do unusual things, and converted models together with other features of PyTorch and timm."""
 
 import copy
+import gc
 import pickle
 import threading
-from contextlib import suppress
+import weakref
 
 import onnxruntime
 import pytest
@@ -144,10 +145,38 @@ class ChecksBranch(MyBlock):
         return x + self.drop_path2(checkpoint(self.branch, x, use_reentrant=False))
 
 
-def test_a_checkpointed_part_is_right_or_refused():
-    model = skip_drop_path(made(ChecksBranch))
-    with suppress(RuntimeError):
-        check(made(MyBlock), model, tokens())
+class ChecksSecondEntry(MyBlock):
+    """Checkpoints a part of a branch in which a second tensor enters, after the first has drawn the gate."""
+
+    def __init__(self):
+        super().__init__()
+        self.second = nn.Linear(DIM, DIM)
+
+    def mix(self, x):
+        memory = x.cos()
+        branch = checkpoint(lambda y: self.mlp(y) * self.second(memory), self.norm2(x), use_reentrant=False)
+        return self.drop_path2(branch)
+
+
+@pytest.mark.parametrize("kind", [ChecksBranch, ChecksSecondEntry])
+def test_a_part_that_cannot_draw_its_gate_again_is_computed_in_full(kind):
+    """In the backward pass, the gate could be another, without any error."""
+    plain = made(kind)
+    with pytest.warns(UserWarning, match="drop_path2 of Checks.*checkpoint the whole block"):
+        model = skip_drop_path(copy.deepcopy(plain))
+    assert [gate.drop_path for gate in gates(model)] == [model.drop_path1]
+    check(plain, model, tokens())
+
+
+def test_a_model_with_a_checkpointed_part_is_freed():
+    block = made(Checkpoints)
+    block.part = True
+    model = convert(block)
+    results(model, tokens())
+    alive = weakref.ref(model)
+    del model
+    gc.collect()
+    assert alive() is None
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -531,6 +560,49 @@ def test_a_block_may_be_called_twice_and_in_a_branch():
             plain.block.drop_path1.forward = plain.block.drop_path2.forward = lambda y, inner=inner: y * (1 - inner)
             plain.drop_path.forward = lambda y, kept=kept: y * kept.view(-1, 1, 1) / 0.75
             assert_same(results(model, x), results(plain, x))
+
+
+class Sizes(Residual):
+    """A block that is a branch as a whole, since it reads the number of samples first."""
+
+    def forward(self, x):
+        samples = len(x)
+        return x + self.drop_path(self.linear(x.flatten(0, 1)).view(samples, -1, DIM))
+
+
+class Around(nn.Module):
+    """A block whose branch is such a block."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.drop_path = Sizes(), DropPath(0.5)
+
+    def forward(self, x):
+        return x + self.drop_path(self.inner(x))
+
+
+def test_a_module_where_two_branches_begin_serves_one():
+    plain, x = made(Around), tokens()
+    with pytest.warns(UserWarning, match="drop path.* of Sizes .another block has the same module"):
+        model = skip_drop_path(copy.deepcopy(plain), "row", x)
+    assert [gate.drop_path for gate in gates(model)] == [model.drop_path]
+    model.inner.drop_path.drop_prob = plain.inner.drop_path.drop_prob = 0.0
+    check(plain, model, x)
+
+
+class Windows(MyBlock):
+    """The first branch begins with windows of four tokens."""
+
+    def attend(self, x):
+        windows = self.attn(self.norm1(x.reshape(-1, 4, DIM)))
+        return self.drop_path1(windows.reshape(x.shape))
+
+
+def test_one_window_in_the_example_and_several_later():
+    plain = made(Windows)
+    model = convert(plain, "row", tokens(5, 4))
+    for samples, length in ((5, 4), (6, 16), (3, 8)):
+        check(plain, model, tokens(samples, length))
 
 
 class Nested(nn.Module):

@@ -13,7 +13,7 @@ def check_metrics(history: list[dict[str, float]]) -> None:
     """
     for epoch, line in enumerate(history, start=1):
         possible = isinstance(line, dict) and line.keys() >= set(METRICS) and line["epoch"] == epoch
-        for name, value in line.items() if possible else ():
+        for name, value in ((name, line[name]) for name in METRICS) if possible else ():
             highest = 100 if name.endswith("_error") else 1e12 if name == "seconds" else 1e30
             possible &= type(value) in (int, float) and 0 <= value <= highest and (value > 0 or name not in POSITIVE)
         if not possible:

@@ -204,7 +204,9 @@ class Options:
 
 
 BOUND_OPTIONS = tuple(declared.name for declared in fields(Options) if not declared.metadata["free"])
-DEFAULTS = {name: getattr(Options, name) for name in BOUND_OPTIONS if name != "model"}  # which every run states
+DEFAULTS = {
+    name: getattr(Options, name) for name in BOUND_OPTIONS if name != "model"
+}  # all but the model, which every run states
 GROUPS = {declared.name: declared.metadata["group"] for declared in fields(Options)}
 
 

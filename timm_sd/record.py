@@ -12,10 +12,11 @@ from .gate import gates
 from .options import BOUND_OPTIONS, DEFAULTS, GROUPS, REGULARIZATION, Options, flag
 from .run_folder import Progress, RunFolder, read_config, summarize
 
-# The facts in every environment, and those that not all have: "since" is the checkpoint that was resumed there.
+# The facts in every environment, and those that only some have. All but the first also have "since", the checkpoint
+# that was resumed there.
 COUNTS = ("processes", "threads")
 WORDS = ("device", "processor", "dynamo_backend", "timm_sd", "python", "torch", "torchvision", "timm", "accelerate")
-LATER = ("git_commit", "numpy", "since")
+OPTIONAL = ("git_commit", "numpy")
 MACHINE = ("device", "processor", "processes", "threads")  # what the speed depends on most
 
 
@@ -42,8 +43,10 @@ def _check_environment(path: Path, where: dict, resumed: bool) -> None:
 
     possible = {name: type(where.get(name)) is int and 0 < where[name] < 2**31 for name in COUNTS}
     possible |= {name: is_word(where.get(name)) for name in WORDS}
-    others = where.keys() - possible.keys()
+    possible |= {name: where.get(name) is None or is_word(where[name]) for name in OPTIONAL}
+    others = where.keys() - possible.keys() - {"since"}
     possible |= {name: is_word(name) and (where[name] is None or is_word(str(where[name]))) for name in others}
+    possible["since"] = "since" not in where
     if resumed:
         since = where.get("since")
         possible["since"] = isinstance(since, str) and bool(re.fullmatch(r"epoch-0*[1-9]\d{0,8}-step-\d+", since))
@@ -100,7 +103,8 @@ class Record:
     @property
     def other_facts(self) -> list[str]:
         """The names of facts about the environments that this version of the package does not know."""
-        return list({name: None for where in self.environments for name in where if name not in COUNTS + WORDS + LATER})
+        known = {*COUNTS, *WORDS, *OPTIONAL, "since"}
+        return list({name: None for where in self.environments for name in where if name not in known})
 
     @property
     def before_move(self) -> list[dict[str, float]]:

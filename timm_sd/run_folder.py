@@ -140,7 +140,8 @@ class RunFolder:
         if progress.epoch > options["epochs"]:  # finished: it takes no step here
             return progress, "", self.last
         environments = self.configuration["environments"]
-        if differing := _differences(environments[-1], environment):
+        known = {name: value for name, value in environment.items() if name in environments[-1]}
+        if differing := _differences(environments[-1], known):
             environments.append(environment | {"since": self.last.name})
         return progress, differing, self.last
 
@@ -281,9 +282,7 @@ def read_summary(path: Path) -> dict:
 
 
 def _differences(before: dict, now: dict) -> str:
-    """In words, the entries of `now` that differ from those of `before`, of those that it has."""
+    """In words, the entries of `now` that differ from those of `before`."""
     return ", ".join(
-        f"{name} was {before[name]} and is now {value}"
-        for name, value in now.items()
-        if name in before and before[name] != value
+        f"{name} was {before.get(name)} and is now {value}" for name, value in now.items() if before.get(name) != value
     )

@@ -359,9 +359,10 @@ def compare_timm(models: Sequence[str], rates: Sequence[float], batch_size: int,
             if rate == max(rates):
                 at_highest[model] = of_rate
     say(
-        "\nratios are relative to DropPath, with 95% intervals; `dropped` is the share of samples that these drop,"
-        "\nweighted by the branches' time; perfect skipping would save all that time at no cost, and take `perfect`"
-        "\nseconds per step; `saved` is the share of that saving that is achieved, both compared with no drop path"
+        "\nratios are relative to DropPath, with 95% intervals; `dropped` is the share of samples dropped in these"
+        "\nsteps, weighted by the branches' time; perfect skipping would save all that time at no cost, and take"
+        "\n`perfect` seconds per step; `saved` is the share of that saving that is achieved, both compared with no"
+        "\ndrop path"
     )
     if plot is not None:
         figure = benchmark_timm.draw_times(at_highest, max(rates))

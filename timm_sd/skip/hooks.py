@@ -20,11 +20,10 @@ from .step import Pass, warn
 
 
 class Thread(threading.local):
-    """The passes of blocks that a thread is in, the innermost last, and the one in which it computes a part again."""
+    """The passes of blocks that a thread is in, the innermost last."""
 
     def __init__(self) -> None:
         self.passes: list[tuple[Skipping, Pass]] = []
-        self.again: tuple[Skipping | None, Pass | None] = None, None
 
 
 class Skipping:
@@ -61,15 +60,19 @@ class Skipping:
         if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
             return None
         # In a backward pass, a part of the block that it has checkpointed is computed again.
-        skipping, current = thread.again
-        if skipping is not self or current.calls[name]:
+        key = torch._C._current_graph_task_id(), threading.get_ident(), self
+        if key in again and name in again[key].calls:
+            again[key].check_ended()
+        if key not in again or name in again[key].calls:
             plan, *others = self.plans.values()
             numbers = [number for b in plan.branches for _, number in (b.end, *b.entries)]
             groups = [group for b in plan.branches for of_call in b.entries.values() for group in of_call.values()]
             if others or any(numbers) or any(group > 1 for group in groups):
                 raise RuntimeError("a part of this block cannot be checkpointed: checkpoint the whole block")
-            thread.again = self, (current := Pass(plan, self.gates(), None))
-        return current
+            if key not in again:
+                torch.autograd.Variable._execution_engine.queue_callback(lambda: again.pop(key).check_ended())
+            again[key] = Pass(plan, self.gates(), None)
+        return again[key]
 
     @torch.compiler.disable
     def is_closed(self, norm: str) -> bool:
@@ -82,6 +85,7 @@ class Skipping:
 
 
 thread = Thread()
+again: dict[tuple[int, int, Skipping], Pass] = {}  # of parts of blocks, by backward pass and thread, until it ends
 traced: list[tuple[Skipping, Pass]] = []  # torch.compile cannot see what belongs to a thread
 
 
@@ -123,8 +127,8 @@ def called(child: nn.Module) -> tuple[Pass | None, int | None, tuple[str, int] |
     current = skipping.current(name)
     if current is None:
         return None, None, None
-    call = name, current.calls[name]
-    current.calls[name] += 1
+    call = name, current.calls.get(name, 0)
+    current.calls[name] = call[1] + 1
     return current, current.branch(call), call
 
 

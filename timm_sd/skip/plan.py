@@ -16,14 +16,16 @@ class Branch(NamedTuple):
     """What is skipped for a call of a drop path.
 
     `end` is that call, and `entries` are those where rows are taken; without any, the drop path drops what has been
-    computed. If they are
-    `alone`, each puts its results back at once, so that the code between them sees all samples. `norms` are the modules
-    in it that compute statistics over the batch, and `empty_on` the types of devices on which it works on no rows.
+    computed. If they are `alone`, each puts its results back at once, so that the code between them sees all samples.
+    `of_samples` is whether the drop path drops samples of the block's call, rather than windows or the like, `norms`
+    are the modules in it that compute statistics over the batch, and `empty_on` the types of devices on which it works
+    on no rows.
     """
 
     end: tuple[str, int]
     entries: Calls
     alone: bool = False
+    of_samples: bool = False
     children: tuple[str, ...] = ()  # all that it calls
     norms: tuple[str, ...] = ()
     empty_on: tuple[str, ...] = ()
@@ -34,7 +36,7 @@ class Branch(NamedTuple):
 
     def modules(self) -> set[str]:
         """The modules of the block that get hooks, or another forward method."""
-        return {self.drop_path, *self.norms, *(child for child, _ in self.entries if child)}
+        return {self.drop_path, *self.norms, *(child for child, _ in self.entries)}
 
 
 class Plan(NamedTuple):

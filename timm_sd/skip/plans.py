@@ -25,7 +25,7 @@ def plan_call(
         kwargs: Its keyword arguments.
     """
     # float32 is faster. float64 decides where rounding may be to blame; it is not for blocks with parts in float32.
-    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-5), (torch.float32, 1e-3)):
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-5), (torch.float32, 1e-4)):
         try:
             plan, left = _plan(Example(block, kinds, args, kwargs, dtype, tolerance), whole)
         except Exception as error:  # whatever a forward method raises
@@ -91,4 +91,4 @@ def _options(drop: Call, example: Example) -> Iterator[tuple[Branch, str]]:
         norms = tuple(norm for norm in example.norms if f"{norm}.".startswith(inside))
         left = ", ".join(call.child for call in calls if call.key not in skipped)
         if begin:
-            yield Branch(drop.key, begin, alone, children, norms), left
+            yield Branch(drop.key, begin, alone, drop.rows == samples, children, norms), left

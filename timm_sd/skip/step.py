@@ -5,7 +5,6 @@ zeros. Every module is called in every step, with as many rows as there are samp
 """
 
 import warnings
-from collections import Counter
 from typing import NamedTuple
 
 import torch
@@ -62,7 +61,7 @@ class Pass:
             inputs: The tensors that the block is called with, None if only a part of it is computed again.
         """
         self.branches, self.gates, self.inputs, self.part = plan.branches, gates, inputs or [], inputs is None
-        self.calls: Counter[str] = Counter()
+        self.calls: dict[str, int] = {}  # PyTorch 2.7 cannot compile a Counter
         self.open: dict[int, Open] = {}
         # Autograd nodes of what was taken and put back
         self.taken, self.put = [], [node for x in self.inputs for node in _nodes(x)]
@@ -75,9 +74,8 @@ class Pass:
                 return index if gate is not None and gate.can_close() else None
         return None
 
-    def begin(self, index: int, x: Tensor, group: int = 1) -> Open:
-        """Draw the gate of a branch that begins with x, of which a sample has a group of rows."""
-        size = len(x) if group == 1 else samples_of_call(self.inputs)
+    def begin(self, index: int, x: Tensor, size: int) -> Open:
+        """Draw the gate of a branch that begins with x, for so many rows of the drop path."""
         rows, scale = self.gates[self.branches[index].end].draw_rows(size)
         if len(rows) == size:
             return Open(None, None, size, scale, False)
@@ -90,9 +88,14 @@ class Pass:
 
     def take(self, index: int, call: tuple[str, int], values: list) -> None:
         """Take the rows that are computed of some of the arguments of a call."""
-        for position, group in self.branches[index].entries[call].items():
+        branch = self.branches[index]
+        if self.part and index not in self.open and call != next(iter(branch.entries)):
+            raise RuntimeError(f"the branch of {branch.drop_path} is checkpointed in part: checkpoint the whole block")
+        for position, group in branch.entries[call].items():
             if index not in self.open:
-                self.open[index] = self.begin(index, values[position], group)
+                x = values[position]
+                size = samples_of_call(self.inputs) if branch.of_samples and not self.part else len(x)
+                self.open[index] = self.begin(index, x, size)
             if self.open[index].computed is None:
                 return
             values[position] = self.open[index].take(values[position], group)
@@ -105,11 +108,11 @@ class Pass:
         if opened is None:
             if branch.entries and self.part:
                 raise RuntimeError(
-                    f"{branch.drop_path} is checkpointed without all of its branch: checkpoint the block"
+                    f"the branch of {branch.drop_path} is checkpointed in part: checkpoint the whole block"
                 )
             if branch.entries:
                 warn(f"the branch of {branch.drop_path} is computed in full: where it began, a module was replaced")
-            opened = self.begin(index, x)
+            opened = self.begin(index, x, len(x))
         if BLOCK not in branch.entries:
             self.open.pop(index, None)
         if opened.kept is None or BLOCK in branch.entries:
@@ -133,6 +136,15 @@ class Pass:
             if not added or "Add" not in node.name():
                 raise RuntimeError("a block does more than to add the output of its drop path to its input")
         return self.inputs[0].to(output.dtype).index_copy(0, opened.kept, output[: len(opened.kept)])
+
+    def check_ended(self) -> None:
+        """Raise RuntimeError if a branch has begun in a part of the block, but not ended in it."""
+        for index, opened in self.open.items():
+            if opened.computed is not None:
+                name = self.branches[index].drop_path
+                raise RuntimeError(
+                    f"a branch is checkpointed without {name}, where it ends: checkpoint the whole block"
+                )
 
     def leaks(self, output: object) -> bool:
         """Whether rows that were taken reach the block's output other than through a drop path, by the graph."""
