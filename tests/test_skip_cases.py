@@ -5,12 +5,14 @@ import gc
 import pickle
 import threading
 import weakref
+from dataclasses import dataclass
 
 import onnxruntime
 import pytest
 import timm
 import timm_blocks
 import torch
+import torch.nn.functional as F
 from forced import assert_drops_as_plain, assert_same, check, forced, results
 from timm.layers import DropPath, freeze_batch_norm_2d, set_reentrant_ckpt
 from timm.models.swin_transformer import window_partition, window_reverse
@@ -761,6 +763,120 @@ def test_gradients_for_each_sample_by_vmap(mode):
     kept = found.flatten(1).any(1)
     assert 0 < kept.sum() < len(x)
     torch.testing.assert_close(found, torch.where(kept.view(-1, 1, 1), if_kept, if_dropped))
+
+
+# Blocks that mix samples where a hasty proof would not see it
+
+
+def mixed(y):
+    return y - y.detach().mean(0, keepdim=True)
+
+
+class OwnBuffer(Residual):
+    """Its own buffer does not make the block a normalization: in training it mixes samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(()))
+
+    def forward(self, x):
+        if self.training:
+            self.mean.lerp_(x.detach().mean(), 0.1)
+        return x + self.drop_path(mixed(self.linear(x)) if self.training else self.linear(x))
+
+
+@dataclass(slots=True)
+class Output:
+    hidden: torch.Tensor
+
+
+class HidesOutput(Residual):
+    def forward(self, x):
+        return Output(x + self.drop_path(mixed(self.linear(x))))
+
+
+class Infinite(Residual):
+    """The outputs of one position are infinite."""
+
+    def forward(self, x):
+        y = x + self.drop_path(mixed(self.linear(x)))
+        return torch.cat((torch.full_like(y[:, :1], -torch.inf), y[:, 1:]), 1)
+
+
+class AveragesParameter(Residual):
+    """A parameter is an average over the samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.average = nn.Parameter(torch.zeros(DIM), requires_grad=False)
+
+    def forward(self, x):
+        y = self.linear(x)
+        with torch.no_grad():
+            self.average.lerp_(y.mean((0, 1)), 0.5)
+        return x + self.drop_path(y)
+
+
+class GivesTwo(nn.Module):
+    """A drop path that takes a second argument."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.drop_path = nn.Linear(DIM, DIM), GainDropPath(0.5)
+
+    def forward(self, x):
+        return x + self.drop_path(self.linear(x), 0.1)
+
+
+class GainDropPath(DropPath):
+    def forward(self, x, gain=1.0):
+        return super().forward(x) * gain
+
+
+@pytest.mark.parametrize("kind", [OwnBuffer, HidesOutput, Infinite, AveragesParameter, GivesTwo])
+def test_what_the_proof_must_see(kind):
+    with pytest.warns(UserWarning, match=f"of {kind.__name__} "):
+        assert not gates(skip_drop_path(made(kind), example=tokens()))
+
+
+def test_blocks_that_only_look_alike():
+    """They have the same class, settings and (small) parameters, but one has a forward method of its own."""
+    plain = nn.Sequential(made(Residual), made(Residual))
+    model = copy.deepcopy(plain)
+    model[1].linear.forward = lambda x: mixed(F.linear(x, model[1].linear.weight, model[1].linear.bias))
+    for block in model:
+        nn.init.ones_(block.linear.weight)
+    with pytest.warns(UserWarning, match="drop_path of Residual .its outputs would differ. in 1"):
+        skip_drop_path(model, example=tokens())
+    assert [gate.drop_path for gate in gates(model)] == [model[0].drop_path]
+
+
+class TwoOutputs(nn.Module):
+    """The second output of attention is not used, and batch normalization is called with a keyword."""
+
+    def __init__(self):
+        super().__init__()
+        self.attn, self.norm = nn.MultiheadAttention(DIM, 2, batch_first=True), nn.BatchNorm1d(DIM)
+        self.mlp, self.drop_path = nn.Linear(DIM, DIM), DropPath(0.5)
+
+    def forward(self, x):
+        x = x + self.drop_path(self.attn(x, x, x)[0])
+        return x + self.drop_path(self.norm(input=self.mlp(x).mT).mT)
+
+
+def test_calls_with_keywords_and_outputs_that_are_not_used():
+    plain, x = made(TwoOutputs), tokens()
+    model = skip_drop_path(copy.deepcopy(plain), "batch", x, strict=True)
+    check(plain, model, x)
+    assert len(gates(model)) == 2
+
+
+def test_a_drop_path_may_be_switched_off():
+    model, x = convert(made(MyBlock)), tokens()
+    model.drop_path1.training = model.drop_path2.training = False
+    with use_gates(model, torch.zeros(2, 6, dtype=torch.bool)):
+        found = model(x)
+    assert torch.equal(found, made(MyBlock).eval()(x))
 
 
 # Models

@@ -158,3 +158,22 @@ def test_batch_norms():
     model = skip_drop_path(copy.deepcopy(plain), "batch", x, strict=True)
     closed = torch.tensor([[True] * 6, [False] * 6])
     compare(torch.compile(model, backend="eager"), model, plain, x, [closed, ~closed])
+
+
+class Whole(nn.Module):
+    """A block that is a branch as a whole, since it reads the number of samples first."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.qkv, self.drop_path = nn.LayerNorm(8), nn.Linear(8, 24), DropPath(0.5)
+
+    def forward(self, x):
+        q, k, v = self.qkv(self.norm(x)).view(*x.shape[:2], 3, 8).unbind(2)
+        return x + self.drop_path((q @ k.mT @ v).view(len(x), -1).view_as(x))
+
+
+def test_a_block_that_is_a_branch_as_a_whole():
+    torch.manual_seed(0)
+    plain, x = Whole().double().train(), torch.randn(6, 3, 8).double()
+    model = skip_drop_path(copy.deepcopy(plain), "count", x, strict=True)
+    compare(torch.compile(model, backend="eager"), model, plain, x, drawn(model, 6, 3))

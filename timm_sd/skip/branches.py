@@ -89,6 +89,8 @@ def observe(block: nn.Module, drop_paths: Collection[str], args: tuple, kwargs: 
         args, kwargs = tree_map(tracked, (args, kwargs))
         inputs = [x.grad_fn for x in tensors(args, kwargs)]
         outputs = [x.grad_fn for x in tensors(block(*args, **kwargs))]
+    if not any(outputs):
+        raise TypeError("its output is neither a tensor that needs gradients, nor a tuple, list or dict with one")
     return Observed(calls, [call for call in calls if call.child in drop_paths], inputs, outputs)
 
 
@@ -108,10 +110,11 @@ def branch_of(drop: Call, seen: Observed) -> list[Call]:
 
     If another drop path is within its branch, those after it: each branch has one drop path.
     """
-    own = ancestors(node for _, node in drop.inputs.values()) - ancestors(seen.outputs, {*drop.outputs})
+    own = ancestors(node for _, node in drop.inputs.values())
+    others = ancestors(seen.outputs, {*drop.outputs})
     branch = []
     for call in seen.calls[: seen.calls.index(drop)]:
-        if call.outputs and own.issuperset(call.outputs):
+        if not own.isdisjoint(call.outputs) and others.isdisjoint(call.outputs):
             branch = [] if call in seen.drops else [*branch, call]
     return branch
 

@@ -40,6 +40,10 @@ class DropPathGate(Gate):
         if "drop_path" in vars(self):
             setattr(self.drop_path, self.kind.attribute, probability if self.kind.survival else 1 - probability)
 
+    def can_close(self) -> bool:
+        """Whether the gate can be closed in the next forward pass."""
+        return self.drop_path.training and super().can_close()
+
     def draw_rows(self, size: int) -> tuple[Tensor, float]:
         """The rows to keep of `size`, and the factor to scale them by."""
         p = self.survival

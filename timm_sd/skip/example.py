@@ -1,5 +1,6 @@
 """How a model calls its blocks, as one training pass on an example shows."""
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from functools import partial
 from typing import NamedTuple
@@ -57,11 +58,13 @@ def block_calls(
     def before_drop_path(name: str, *_: object) -> None:
         used.add(name)
 
+    handles = []
     for name, drop_paths in blocks.items():
         block = model.get_submodule(name)
-        block.register_forward_pre_hook(partial(before_block, name), with_kwargs=True)
+        handles.append(block.register_forward_pre_hook(partial(before_block, name), with_kwargs=True))
         for drop_path in drop_paths:
-            block.get_submodule(drop_path).register_forward_pre_hook(partial(before_drop_path, name))
+            module = block.get_submodule(drop_path)
+            handles.append(module.register_forward_pre_hook(partial(before_drop_path, name)))
     model.requires_grad_(False)  # the counter of FLOPs would look for gradients
     errors = []
     for given in _noise(model) if example is None else [example]:
@@ -80,6 +83,8 @@ def block_calls(
         what = "the example" if example is not None else "noise, so it needs an example="
         why = f"{type(errors[0]).__name__}: {errors[0]}".splitlines()[0]
         raise ValueError(f"the model does not run on {what} ({why})") from errors[0]
+    for handle in handles:
+        handle.remove()
     called = {call.block for call in calls.values()} | left.keys()
     left |= dict.fromkeys(used - called, "it is not called itself")
     flops = {name.partition(".")[2]: sum(of.values()) for name, of in counter.get_flop_counts().items()}
@@ -106,13 +111,28 @@ def _noise(model: nn.Module) -> Iterator[object]:
 
 
 def _settings(block: nn.Module, drop_paths: dict[str, Kind]) -> object:
-    """What two blocks have in common if they compute the same function of their arguments and parameters."""
+    """What two blocks have in common if they compute the same function of their arguments and parameters.
+
+    Objects other than plain values must be the same ones.
+    """
     settings: list[object] = []
     for name, x in (*block.named_parameters(), *block.named_buffers()):
         settings.append((name, x.shape, x.dtype, x.tolist() if x.numel() < 16 else None))
     for name, module in block.named_modules():
         ignored = {drop_paths[name].attribute} if name in drop_paths else set()
-        state = sorted((key, repr(value)) for key, value in vars(module).items() if key not in OWN | ignored)
+        state = [(key, _identity(value)) for key, value in sorted(vars(module).items()) if key not in OWN | ignored]
+        state.append(id(vars(module).get("forward")))
         hooks = () if module is block or name in drop_paths else (*module._forward_pre_hooks, *module._forward_hooks)
-        settings.append((name, type(module), state, hooks))
+        settings.append((name, id(type(module)), state, hooks))
     return repr(settings)
+
+
+def _identity(value: object) -> object:
+    """What tells a value of an attribute from others: itself if it is plain, else which object it is."""
+    if value is None or type(value) in (bool, int, float, str, torch.Size, torch.dtype, torch.device):
+        return value
+    if type(value) in (tuple, list):
+        return type(value), [_identity(each) for each in value]
+    if type(value) in (dict, OrderedDict):
+        return type(value), [(key, _identity(each)) for key, each in value.items()]
+    return id(value)

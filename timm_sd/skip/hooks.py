@@ -160,17 +160,18 @@ def leave(drop_path: nn.Module, *args: object, **kwargs: object) -> Tensor:
     current, index, _ = called(drop_path)
     if index is None:
         return type(drop_path).forward(drop_path, *args, **kwargs)
-    return current.end(index, *args[:1] or kwargs.values())
+    (x,) = *args, *kwargs.values()  # an error if there is another argument, so that it is not ignored
+    return current.end(index, x)
 
 
-def normalize(norm: nn.Module, x: Tensor, *args: object, **kwargs: object) -> object:
+def normalize(norm: nn.Module, *args: object, **kwargs: object) -> object:
     """The forward method of a normalization over the batch: without samples, it keeps its statistics."""
-    skipping, name = norm.skipped
+    (skipping, name), (x, *_) = norm.skipped, (*args, *kwargs.values())
     if len(x) == 0 or (x.device.type not in skipping.empty_on[name] and skipping.is_closed(name)):
         frozen = object.__new__(type(norm))  # other threads would see a flag set in the module
         frozen.__dict__ = norm.__dict__ | {"training": False}
         norm = frozen
-    return type(norm).forward(norm, x, *args, **kwargs)
+    return type(norm).forward(norm, *args, **kwargs)
 
 
 def not_compiled(function: Callable) -> Callable:
