@@ -172,7 +172,7 @@ class Options:
     @property
     def changed(self) -> list[str]:
         """The names of the options that are not the paper's, without model, data set, seed and those that are free."""
-        papers = {name: getattr(Options, name) for name in BOUND_OPTIONS} | {"epochs": PROTOCOLS[self.dataset].epochs}
+        papers = DEFAULTS | {"epochs": PROTOCOLS[self.dataset].epochs}
         return [
             name
             for name in BOUND_OPTIONS

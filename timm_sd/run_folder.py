@@ -263,9 +263,11 @@ def read_config(path: Path) -> dict:
     """The config.json of a run's folder, with `options` and `environments`. Raises UserError if it is not valid."""
     try:
         config = read_json(path / CONFIG_FILE)
-        if not isinstance(config["options"], dict) or not all(isinstance(it, dict) for it in config["environments"]):
+        options, environments = config["options"], config["environments"]
+        if not isinstance(options, dict) or "model" not in options or not environments:
             raise TypeError
-        config["options"]["model"], config["environments"][0]
+        if not all(isinstance(where, dict) for where in environments):
+            raise TypeError
         return config
     except (OSError, ValueError, TypeError, LookupError) as error:
         raise UserError(f"{path} has no run: its config.json is missing, damaged or not from a run") from error

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from .drop_path_gate import DropPathGate, gate_name
 from .drop_paths import Kind
-from .plan import BLOCK, Plan, kind_of_call
+from .plan import BLOCK, Branch, Plan, kind_of_call
 from .step import Pass, warn
 
 
@@ -33,7 +33,7 @@ class Skipping:
         self.block, self.plans = block, plans
         branches = [branch for plan in plans.values() for branch in plan.branches]
         self.calls = dict.fromkeys(branch.end for branch in branches)
-        self.in_full = Plan(tuple(branch._replace(entries={}) for branch in branches), ())
+        self.in_full = Plan(tuple(Branch(call, entries={}) for call in self.calls), ())
         self.empty_on = {name: branch.empty_on for branch in branches for name in branch.norms}
 
     def new_pass(self, args: tuple, kwargs: dict) -> Pass:
@@ -61,18 +61,19 @@ class Skipping:
             return None
         # In a backward pass, a part of the block that it has checkpointed is computed again.
         key = torch._C._current_graph_task_id(), threading.get_ident(), self
-        if key in again and name in again[key].calls:
-            again[key].check_ended()
-        if key not in again or name in again[key].calls:
+        current = again.get(key)
+        if current is None or name in current.calls:
             plan, *others = self.plans.values()
             numbers = [number for b in plan.branches for _, number in (b.end, *b.entries)]
             groups = [group for b in plan.branches for of_call in b.entries.values() for group in of_call.values()]
             if others or any(numbers) or any(group > 1 for group in groups):
                 raise RuntimeError("a part of this block cannot be checkpointed: checkpoint the whole block")
-            if key not in again:
+            if current is None:
                 torch.autograd.Variable._execution_engine.queue_callback(lambda: again.pop(key).check_ended())
-            again[key] = Pass(plan, self.gates(), None)
-        return again[key]
+            else:
+                current.check_ended()
+            again[key] = current = Pass(plan, self.gates(), None)
+        return current
 
     @torch.compiler.disable
     def is_closed(self, norm: str) -> bool:

@@ -46,9 +46,10 @@ def _plan(example: Example, whole: bool | None) -> tuple[Plan, dict[str, str]]:
 
     def disprove(branches: list[Branch]) -> str | None:
         batch = {b.end for b in branches if whole or (whole is None and b.norms)}
-        return example.disprove(branches, none) or example.disprove(
-            branches, {call: none[call] if call in batch else mask for call, mask in some.items()}
-        )
+        why = example.disprove(branches, none)
+        if why or batch == some.keys():
+            return why
+        return example.disprove(branches, some | {call: none[call] for call in batch})
 
     options = [list(_options(drop, example)) for drop in example.seen.drops]
     chosen, left = [of_drop[0] for of_drop in options if of_drop], {}
