@@ -176,19 +176,6 @@ def sam2() -> Models:
     yield "Hiera", Hiera(num_heads=1, drop_path_rate=0.5, **options), images(32, 32)
 
 
-def vit_pytorch() -> Models:
-    from vit_pytorch.max_vit import Dropsample, MaxViT
-
-    from timm_sd import register_drop_path
-
-    register_drop_path(Dropsample, "prob")  # it drops rows of tensors with four dimensions only
-    model = MaxViT(num_classes=4, dim=16, depth=(2, 2), dim_head=8, dim_conv_stem=8, window_size=4)
-    for module in model.modules():
-        if isinstance(module, Dropsample):  # MaxViT has no argument for it
-            module.prob = 0.5
-    yield "MaxViT", model, images(32, 32)
-
-
 EINOPS = "einops==0.8.2"
 PACKAGES = {
     "hiera-transformer": Package("hiera-transformer==0.1.4", hiera),
@@ -214,7 +201,6 @@ PACKAGES = {
         " portalocker==4.4.2",
         sam2,
     ),
-    "vit-pytorch": Package(f"vit-pytorch==1.26.11 {EINOPS}", vit_pytorch),
 }
 
 
