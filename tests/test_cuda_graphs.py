@@ -38,9 +38,9 @@ def device(request, monkeypatch):
 
             return replay
 
-        monkeypatch.setattr(cuda_graphs, "_capture", capture)
+        monkeypatch.setattr(cuda_graphs, "capture", capture)
         monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-        monkeypatch.setattr(cuda_graphs, "_side_stream", nullcontext)
+        monkeypatch.setattr(cuda_graphs, "side_stream", nullcontext)
     AcceleratorState._reset_state(True)
     yield torch.device(request.param)
     AcceleratorState._reset_state(True)

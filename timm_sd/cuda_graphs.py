@@ -45,12 +45,12 @@ class _BlockGraphs:
 
     def capture_forward(self, x: Tensor, pool: tuple[int, int]) -> Tensor:
         self.input = x.detach().requires_grad_()
-        self.replay_forward = _capture(self._forward, pool)
+        self.replay_forward = capture(self._forward, pool)
         return self.output
 
     def capture_backward(self, gradient: Tensor, pool: tuple[int, int]) -> Tensor:
         self.output_gradient = gradient
-        self.replay_backward = _capture(self._backward, pool)
+        self.replay_backward = capture(self._backward, pool)
         # The parameters' autograd nodes are bound to the capture stream and must not stay behind.
         self.output = self.output.detach()
         return self.input_gradient
@@ -113,7 +113,7 @@ def _warm_up(network: nn.Module, blocks: list[StochasticDepth], images: Tensor) 
     """Let the libraries choose and load their kernels; return the first block's input, for its dtype and layout."""
     inputs = []
     hook = blocks[0].register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach().clone()))
-    with hook, _side_stream(), use_gates(network, torch.ones(len(blocks), dtype=torch.bool)):
+    with hook, side_stream(), use_gates(network, torch.ones(len(blocks), dtype=torch.bool)):
         for _ in range(WARM_UP_PASSES):
             network(images).sum().backward()
     return inputs[-1]
@@ -125,7 +125,7 @@ def _copy(source: Tensor, buffer: Tensor) -> None:
 
 
 @contextmanager
-def _side_stream() -> Iterator[None]:
+def side_stream() -> Iterator[None]:
     """A side stream, which CUDA requires for the passes before a capture."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -134,7 +134,7 @@ def _side_stream() -> Iterator[None]:
     torch.cuda.current_stream().wait_stream(stream)
 
 
-def _capture(function: Callable[[], None], pool: tuple[int, int]) -> Callable[[], None]:
+def capture(function: Callable[[], None], pool: tuple[int, int]) -> Callable[[], None]:
     """Capture the kernels that `function` launches; return a function that replays them in one launch."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool):

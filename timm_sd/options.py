@@ -119,6 +119,9 @@ class Options:
     sync_bn: bool = option(False, COMPUTATION, "normalize over the whole batch instead of each GPU's part")
     grad_checkpointing: bool = option(False, COMPUTATION, "recompute blocks in the backward pass to save memory")
     cuda_graphs: bool = option(False, COMPUTATION, "replay blocks as CUDA graphs; no effect without CUDA")
+    fused: bool = option(
+        False, COMPUTATION, "train with fused Triton kernels, on one NVIDIA GPU in bfloat16", free=True
+    )
     output: Path | None = option(
         None, OUTPUT, "the run's folder; if omitted, one in output/ named after its options", free=True
     )
@@ -153,6 +156,9 @@ class Options:
             raise UserError(f"--output {self.output}: a run needs a folder of its own")
         if self.cuda_graphs and self.grad_checkpointing:
             raise UserError("--cuda-graphs keeps every activation: omit --grad-checkpointing")
+        unsupported = [name for name in self.changed if GROUPS[name] in (REGULARIZATION, COMPUTATION)]
+        if self.fused and unsupported:
+            raise UserError(f"--fused does without {', '.join(map(flag, unsupported))}: omit one or the other")
 
     @property
     def depth(self) -> int:

@@ -1,6 +1,7 @@
 """A training run under the authors' protocol (Huang et al., section 4), from the data to the best weights."""
 
 import copy
+import importlib.util
 import json
 import math
 import time
@@ -81,7 +82,21 @@ def create_accelerator(options: Options) -> Accelerator:
         raise UserError("--sync-bn: PyTorch supports it on GPUs only; on the CPU, train in one process instead")
     if options.cuda_graphs and (processes > 1 or accelerator.state.dynamo_plugin.backend != DynamoBackend.NO):
         raise UserError("--cuda-graphs: it works only in one process and without --dynamo_backend")
+    if options.fused:
+        check_fused(accelerator)
     return accelerator
+
+
+def check_fused(accelerator: Accelerator) -> None:
+    """Raise UserError unless --fused can run here."""
+    if accelerator.device.type != "cuda" or torch.version.hip:
+        raise UserError("--fused: it needs an NVIDIA GPU; omit it")
+    if not importlib.util.find_spec("triton"):
+        raise UserError("--fused: Triton is not installed, which PyTorch's CUDA builds for Linux bring along; omit it")
+    if accelerator.num_processes > 1 or accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+        raise UserError("--fused: it works only in one process and without --dynamo_backend")
+    if accelerator.mixed_precision != "bf16":
+        raise UserError("--fused: it trains in bfloat16; launch with --mixed_precision bf16")
 
 
 class Run:
@@ -158,7 +173,7 @@ class Run:
         """Open the run's folder and, if requested, resume from its newest checkpoint."""
         configuration = json.loads(json.dumps(asdict(self.options), default=str))
         configuration["mixed_precision"] = self.accelerator.mixed_precision
-        here = machine.environment(self.accelerator)
+        here = machine.environment(self.accelerator) | {"fused": self.options.fused}
 
         opened = on_main_process(lambda: self.folder.open(configuration, here, self.options.resume))
         self.progress, differing, checkpoint = opened
@@ -237,6 +252,21 @@ class Run:
             self.sums += torch.stack([sums[name].to(self.sums.dtype) for name in SUMS])
         self.optimizer.zero_grad(set_to_none=not self.graphed)
 
+    def train(self) -> None:
+        """Begin or resume the run, and train to its end."""
+        self.begin()
+        # torch.compile makes ten graphs: for five kinds of branch, with full batches and with the last one.
+        with Interruption(self.accelerator) as interruption, torch._dynamo.config.patch(recompile_limit=16):
+            while self.progress.epoch <= self.options.epochs:
+                if signal := interruption.noted():
+                    raise stopped(signal, self.progress)
+                metrics = self.train_epoch(interruption)
+                started = time.perf_counter()
+                metrics |= self.evaluate()
+                metrics["seconds"] = self.progress.seconds + time.perf_counter() - started
+                self.end_epoch(metrics)
+        self.end()
+
     def train_epoch(self, interruption: Interruption) -> dict[str, float]:
         """Train for the rest of the current epoch; return the metrics of the whole epoch.
 
@@ -313,7 +343,11 @@ class Run:
         """
         self.progress.sums = self.accelerator.gather(self.sums.unsqueeze(0)).tolist()
         self.check_finite(sum(map(sum, self.progress.sums)))
-        on_main_process(lambda: self.folder.save(self.accelerator, self.progress, self.options.keep_checkpoints, best))
+        self.save(self.progress, best)
+
+    def save(self, progress: Progress, best: nn.Module | None) -> None:
+        """Write a checkpoint."""
+        on_main_process(lambda: self.folder.save(self.accelerator, progress, self.options.keep_checkpoints, best))
 
     def check_finite(self, total: float) -> None:
         """Raise UserError if the run has diverged, in the `total` of its sums, its weights or running statistics."""
@@ -345,22 +379,19 @@ def train(options: Options) -> None:
     accelerator = create_accelerator(options)
     folder = RunFolder(options.output_dir)
     try:
-        run = Run(accelerator, options, folder)
-        run.begin()
-        # torch.compile makes ten graphs: for five kinds of branch, with full batches and with the last one.
-        with Interruption(accelerator) as interruption, torch._dynamo.config.patch(recompile_limit=16):
-            while run.progress.epoch <= options.epochs:
-                if signal := interruption.noted():
-                    raise stopped(signal, run.progress)
-                metrics = run.train_epoch(interruption)
-                started = time.perf_counter()
-                metrics |= run.evaluate()
-                metrics["seconds"] = run.progress.seconds + time.perf_counter() - started
-                run.end_epoch(metrics)
-        run.end()
+        run_class(options)(accelerator, options, folder).train()
     finally:
         accelerator.end_training()
         folder.close()
+
+
+def run_class(options: Options) -> type[Run]:
+    """`Run`, or with --fused `FusedRun`."""
+    if not options.fused:
+        return Run
+    from .fused import FusedRun  # imports Triton, which not every machine has
+
+    return FusedRun
 
 
 def stopped(signal: str, progress: Progress) -> UserError:
