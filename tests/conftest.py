@@ -32,6 +32,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 # Runs are compared bit for bit, and with computations on the CPU, so they use the CPU even if there is a GPU.
 os.environ["ACCELERATE_USE_CPU"] = "1"
+os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
 
 import timm  # noqa: E402
 import torch  # noqa: E402
@@ -89,6 +90,20 @@ def registry(monkeypatch):
     for name, value in vars(timm.models._registry).items():
         if isinstance(value, (dict, set)) and name != "__builtins__":
             monkeypatch.setattr(timm.models._registry, name, copy.deepcopy(value))
+
+
+@pytest.fixture
+def large_tiles(monkeypatch):
+    """Few programs for each kernel of the engine, since Triton's interpreter runs one after another."""
+    from timm_sd import engine  # not on machines without Triton
+
+    tiles = {
+        16: engine.Tiles(convolution=1024, sum=1024, normalization=1024, gradient_tile=1024, gradient=2048, warps=4),
+        32: engine.Tiles(convolution=256, sum=256, normalization=256, gradient_tile=256, gradient=512, warps=4),
+        64: engine.Tiles(convolution=64, sum=64, normalization=64, gradient_tile=128, gradient=256, warps=8),
+    }
+    monkeypatch.setattr(engine, "TILES", tiles)
+    monkeypatch.setattr(engine, "CHUNK", 4096)
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ fourth are zero. Behind the last pixel of a bordered tensor there must be room f
 A sum over all pixels leaves a kernel as one row of partial sums for each of its programs, and whoever needs the sum
 adds the rows in order. There are no atomics, so the same inputs give the same bits.
 
-Each kernel is launched as a one-dimensional grid (`weight_gradient`: two), one program for every `PIXELS * TILES`
-output pixels, which must divide B * H * W except where a kernel takes `pixels`.
+A program computes PIXELS * TILES output pixels, and all programs together exactly B * H * W; only in `weight_gradient`
+the last one may have fewer.
 """
 
 import triton
@@ -47,7 +47,7 @@ def convolved(
     STRIDE: tl.constexpr,
     TRANSPOSED: tl.constexpr,
 ):
-    """The convolution of x at some pixels, (PIXELS, OUT) in float32; TRANSPOSED, of a gradient with respect to the output."""
+    """The convolution of x at some pixels, (PIXELS, OUT) in float32, or TRANSPOSED as for the gradient of an input."""
     width: tl.constexpr = STRIDE * SIZE + 2
     out = tl.arange(0, OUT)
     k = tl.arange(0, 4 * IN)  # a window of four pixels
@@ -279,7 +279,7 @@ def input_gradient(
     POOLED: tl.constexpr,
     PIXELS: tl.constexpr,
 ):
-    """The gradient with respect to the block's input, its shortcut's included. Without POOLED, g and dx may be the same."""
+    """dx, the gradient with respect to the block's input, shortcut included. Without POOLED it may be g itself."""
     c = tl.arange(0, IN)
     pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
     dx = convolved(dy_ptr, w_ptr, pixel, SIZE, OUT, IN, 1, True)
@@ -372,7 +372,7 @@ def infer(
     affine_ptr,  # (2, OUT)
     running_ptr,  # (2, OUT)
     survival,  # what scales the branch
-    shortcut_ptr,  # the shortcut's input, bordered: (B, H, W, OUT) with SHORTCUT 1, (B, 2 H, 2 W, POOLED) with SHORTCUT 2
+    shortcut_ptr,  # its input, bordered: (B, H, W, OUT) with SHORTCUT 1, (B, 2 H, 2 W, POOLED) with SHORTCUT 2
     out_ptr,  # bordered, (B, H, W, OUT)
     SIZE: tl.constexpr,
     IN: tl.constexpr,

@@ -1,0 +1,112 @@
+"""Whole runs by the engine, with its kernels in Triton's interpreter, against the same runs by autograd."""
+
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+import runs
+from test_resume import end_of
+
+from timm_sd import data, training
+from timm_sd.errors import UserError
+from timm_sd.options import Options
+
+pytest.importorskip("triton", reason="Triton comes with PyTorch's CUDA builds for Linux only")
+
+from timm_sd import fused
+
+
+@pytest.fixture
+def in_the_interpreter(monkeypatch, large_tiles):
+    """Runs with `fused=True` on the CPU, on five images in batches of two."""
+    monkeypatch.setattr(training, "check_fused", lambda accelerator: None)
+    monkeypatch.setattr(data, "load", runs.load_few(6, 2))
+
+
+def run(folder, **options):
+    """Train a small network, and return the end of its run: see `end_of`."""
+    training.train(
+        Options(**dict(dataset="synthetic", epochs=2, batch_size=2, weight_decay=0.01, output=folder) | options)
+    )
+    return end_of(folder)
+
+
+def assert_same_run(ours, theirs):
+    """The same counts exactly, and the same numbers up to rounding, which may turn a ReLU or two."""
+    tolerance = 5e-3
+    for mine, yours in zip([*ours[0], ours[1]], [*theirs[0], theirs[1]], strict=True):
+        assert mine.keys() == yours.keys()
+        for name, value in mine.items():
+            if name != "sha256":
+                assert value == (
+                    pytest.approx(yours[name], rel=tolerance) if isinstance(value, float) else yours[name]
+                ), name
+    for mine, yours in zip(ours[2:], theirs[2:], strict=True):
+        assert mine.keys() == yours.keys()
+        for name, value in mine.items():
+            if "tracked" in str(name):
+                assert value == yours[name], name
+            else:
+                a, b = (np.frombuffer(each, np.float32) for each in (value, yours[name]))
+                assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b), name
+
+
+def test_a_fused_run_is_the_same_run_and_resumes_in_either(in_the_interpreter, tmp_path, monkeypatch):
+    """By the engine and by autograd; stopped within the second epoch, and resumed in the same way or the other."""
+    options = dict(model="cifar_resnet8_sd", drop_path=0.9, seed=2)
+    eager, whole = (run(tmp_path / name, fused=name == "fused", **options) for name in ("eager", "fused"))
+    assert 1 < sum(line["active_blocks"] for line in eager[0]) < 5  # some are closed, and some open
+    assert_same_run(whole, eager)
+    for begin, go_on in ((True, True), (True, False), (False, True)):
+        folder = tmp_path / f"{begin}-{go_on}"
+        run_class = fused.FusedRun if begin else training.Run
+        with monkeypatch.context() as patch:
+            step, steps = run_class.step, []
+
+            def interrupted(self, *args, step=step, steps=steps):
+                steps.append(1)
+                if len(steps) == 5:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                step(self, *args)
+
+            patch.setattr(run_class, "step", interrupted)
+            with pytest.raises(UserError, match="stopped by SIGTERM in epoch 2 after 2 steps"):
+                run(folder, fused=begin, **options)
+        resumed = run(folder, fused=go_on, resume=True, **options)
+        if begin and go_on:
+            assert resumed == whole  # to the bit
+        else:
+            assert_same_run(resumed, eager)
+        environments = json.loads((folder / "config.json").read_text())["environments"]
+        assert [where["fused"] for where in environments] == [begin] + [go_on] * (begin != go_on)
+
+
+def test_a_deeper_fused_run_without_augmentation_or_drops(in_the_interpreter, tmp_path):
+    options = dict(model="cifar_resnet14", epochs=1, batch_size=20, lr=0.05)
+    assert_same_run(*(run(tmp_path / str(fused), fused=fused, **options) for fused in (True, False)))
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run(in_the_interpreter, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("timm_sd.run_folder.save_file", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        run(tmp_path, model="cifar_resnet8_sd", fused=True, epochs=3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [dict(mixup=0.2), dict(ema_decay=0.9), dict(dropout=0.1), dict(grad_checkpointing=True), dict(cuda_graphs=True)],
+)
+def test_options_that_it_does_without(options):
+    (name,) = options
+    with pytest.raises(UserError, match=f"--fused does without --{name.replace('_', '-')}: omit one or the other"):
+        Options(fused=True, **options)
+
+
+def test_it_needs_a_gpu(tmp_path):
+    with pytest.raises(UserError, match="--fused: it needs an NVIDIA GPU; omit it"):
+        training.train(Options("cifar_resnet8_sd", "synthetic", fused=True, output=tmp_path))
