@@ -12,6 +12,7 @@ from test_resume import end_of
 from timm_sd import data, training
 from timm_sd.errors import UserError
 from timm_sd.options import Options
+from timm_sd.record import Record
 
 pytest.importorskip("triton", reason="Triton comes with PyTorch's CUDA builds for Linux only")
 
@@ -59,6 +60,7 @@ def test_a_fused_run_is_the_same_run_and_resumes_in_either(in_the_interpreter, t
     eager, whole = (run(tmp_path / name, fused=name == "fused", **options) for name in ("eager", "fused"))
     assert 1 < sum(line["active_blocks"] for line in eager[0]) < 5  # some are closed, and some open
     assert_same_run(whole, eager)
+    assert Record.read(tmp_path / "fused").command == f"{Record.read(tmp_path / 'eager').command} --fused"
     for begin, go_on in ((True, True), (True, False), (False, True)):
         folder = tmp_path / f"{begin}-{go_on}"
         run_class = fused.FusedRun if begin else training.Run

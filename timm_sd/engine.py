@@ -164,7 +164,7 @@ class Layer:
         self, conv: nn.Conv2d, bn: nn.BatchNorm2d, size: int, gate: int, most: int, dtype: torch.dtype
     ) -> None:
         """`size` is the number of pixels on each side of the output."""
-        self.bn, self.size, self.gate = bn, size, gate
+        self.bn, self.size, self.gate, self.most = bn, size, gate, most
         self.channels_in, self.channels = max(conv.in_channels, IMAGE_CHANNELS), conv.out_channels
         self.stride = conv.stride[0]
         self.tiles = TILES[max(self.channels_in, self.channels)]
@@ -199,7 +199,8 @@ class Layer:
         )  # fmt: skip
         kernels.normalize[(pixels // tiles.normalization,)](
             self.y, out, shortcut, sums, self.sums(images), self.affine.value, self.moments, self.running, pixels,
-            SIZE=self.size, C=self.channels, **_shortcut(shortcut, out), PIXELS=tiles.normalization,
+            SIZE=self.size, C=self.channels, **_shortcut(shortcut, out),
+            MOST_ROWS=self.sums(self.most), PIXELS=tiles.normalization,
         )  # fmt: skip
 
     def infer(self, x: Tensor, out: Tensor, survival: float = 1.0, shortcut: Tensor | None = None) -> None:
@@ -224,7 +225,8 @@ class Layer:
         tiles, pixels = self.tiles, self.pixels(images)
         kernels.normalize_backward[(pixels // tiles.normalization,)](
             g, out, self.y, dy, self.affine.value, self.moments, sums, self.sums(images), self.affine.gradients, pixels,
-            SIZE=self.size, C=self.channels, RELU=out is not None, STRIDE=self.stride, PIXELS=tiles.normalization,
+            SIZE=self.size, C=self.channels, RELU=out is not None, STRIDE=self.stride,
+            MOST_ROWS=self.sums(self.most), PIXELS=tiles.normalization,
         )  # fmt: skip
         kernels.weight_gradient[(self.weight_gradients(images), 3)](
             x, dy, self.weight.gradients, self.weight.padded, pixels,

@@ -69,11 +69,11 @@ def convolved(
 
 
 @triton.jit
-def added(partial_ptr, rows, channel, C: tl.constexpr):
+def added(partial_ptr, rows, channel, C: tl.constexpr, MOST_ROWS: tl.constexpr):
     """The two sums of each channel, from `rows` rows (2, C) of partial sums."""
     first = tl.zeros([ROWS, C], tl.float32)
     second = tl.zeros([ROWS, C], tl.float32)
-    for start in range(0, rows, ROWS):
+    for start in range(0, MOST_ROWS, ROWS):  # not `rows`, which the interpreter of Triton 3.6 refuses with NumPy 2.4
         row = start + tl.arange(0, ROWS)
         at = partial_ptr + (row * (2 * C))[:, None] + channel[None, :]
         first += tl.load(at, mask=(row < rows)[:, None], other=0.0)
@@ -138,6 +138,7 @@ def normalize(
     C: tl.constexpr,
     SHORTCUT: tl.constexpr,
     POOLED: tl.constexpr,
+    MOST_ROWS: tl.constexpr,
     PIXELS: tl.constexpr,
 ):
     """out = ReLU(bn(y)), plus the shortcut before the ReLU: 0 for none, 1 for identity, 2 for option A."""
@@ -146,7 +147,7 @@ def normalize(
     y = tl.load(y_ptr + (pixel * C)[:, None] + c[None, :]).to(tl.float32)
     inside = (place(pixel, SIZE, 1) * C)[:, None] + c[None, :]
 
-    total, squares = added(partial_ptr, rows, c, C)
+    total, squares = added(partial_ptr, rows, c, C, MOST_ROWS)
     count = pixels.to(tl.float32)
     mean = total / count
     variance = tl.maximum(squares / count - mean * mean, 0.0)
@@ -208,6 +209,7 @@ def normalize_backward(
     C: tl.constexpr,
     RELU: tl.constexpr,
     STRIDE: tl.constexpr,
+    MOST_ROWS: tl.constexpr,
     PIXELS: tl.constexpr,
 ):
     """The gradient with respect to y; with STRIDE 2 spread out over every second pixel of every second row."""
@@ -219,7 +221,7 @@ def normalize_backward(
     if RELU:
         g = tl.where(tl.load(out_ptr + (place(pixel, SIZE, 1) * C)[:, None] + c[None, :]) > 0, g, 0.0)
 
-    dshift, product = added(partial_ptr, rows, c, C)
+    dshift, product = added(partial_ptr, rows, c, C, MOST_ROWS)
     mean = tl.load(moments_ptr + c)
     inverse = tl.load(moments_ptr + C + c)
     if tl.program_id(0) == 0:

@@ -185,4 +185,6 @@ class Record:
             if value != getattr(Options, name):
                 value = ",".join(map(str, value)) if isinstance(value, tuple) else value
                 words += [flag(name)] + ([] if value is True else [value])
+        if environment.get("fused"):
+            words.append("--fused")
         return shlex.join(map(str, words))
