@@ -1,12 +1,15 @@
 """`python -m timm_sd` runs a script as Python does, but registers the networks and, if asked, converts models."""
 
+import json
 import subprocess
 import sys
 
 import pytest
 import timm
+import torch
 from timm.models import _factory
 
+import timm_sd
 from timm_sd.__main__ import main
 
 
@@ -15,6 +18,7 @@ def run(tmp_path, monkeypatch):
     """Run a script, given as text, through main() in this process; changes to timm and sys are undone."""
     for module in (timm, timm.models, _factory):
         monkeypatch.setattr(module, "create_model", module.create_model)
+    monkeypatch.setattr(timm.utils, "get_outdir", timm.utils.get_outdir)
     monkeypatch.setattr(sys, "path", sys.path.copy())
     script = tmp_path / "script.py"
 
@@ -42,7 +46,7 @@ def test_runs_a_script_as_python_does(tmp_path):
     (tmp_path / "link.py").symlink_to(tmp_path / "folder" / "script.py")
     args = ["link.py", "--skip-drop-path", "none", "-h", "--", "a b", ""]
     done = subprocess.run(
-        [sys.executable, "-m", "timm_sd", "--skip-drop-path", "count", *args],
+        [sys.executable, "-m", "timm_sd", "--skip-drop-path", "batch", *args],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -54,7 +58,8 @@ def test_runs_a_script_as_python_does(tmp_path):
         "CifarResNet",
         "[]",
     ]
-    assert (done.returncode, done.stderr) == (3, "")
+    said = "python -m timm_sd: cifar_resnet20_sd: 9 drop paths, mode batch, 27.8% of the samples skipped on average\n"
+    assert (done.returncode, done.stderr) == (3, said)
 
 
 MODELS = """
@@ -96,7 +101,8 @@ raise ValueError("its own")
 """
     with pytest.raises(ValueError, match="its own"):
         run(text, "--skip-drop-path", "count")
-    nothing, of_plain, of_model = capsys.readouterr().err.splitlines()
+    nothing, created, of_plain, of_model = capsys.readouterr().err.splitlines()
+    assert created == "python -m timm_sd: test_vit: 10 drop paths, mode count, 30.0% of the samples skipped on average"
     assert nothing.startswith("python -m timm_sd: test_vit: nothing is skipped: the model has no drop path. Create it")
     assert of_plain.startswith("python -m timm_sd: test_vit; no drop path is skipped")
     assert of_model.startswith(
@@ -111,6 +117,64 @@ def test_the_papers_imagenet_network(run, capsys):
     run(text + "print(*(gate.survival for gate in timm_sd.gates(network)))", "--skip-drop-path", "batch")
     survival = [float(word) for word in capsys.readouterr().out.split()]
     assert survival == pytest.approx([1 - 0.5 * block / 49 for block in range(1, 50)])
+
+
+def test_the_papers_networks_take_the_mode_too(run, capsys):
+    text = "import timm, timm_sd; network = timm.create_model('cifar_resnet8_sd')\n"
+    text += "print({gate.mode for gate in timm_sd.gates(network)})"
+    text = "import timm_sd; timm_sd.register_depth(8)\n" + text
+    run(text, "--skip-drop-path", "batch")
+    out, err = capsys.readouterr()
+    assert out == "{'batch'}\n"
+    assert err == (
+        "python -m timm_sd: cifar_resnet8_sd: 3 drop paths, mode batch, 33.3% of the samples skipped on average\n"
+    )
+    with pytest.raises(SystemExit, match="row, cifar_resnet8_sd: CifarResNet has a BatchNorm2d in its branches"):
+        run(text, "--skip-drop-path", "row")
+
+
+SAME_GATES = """
+import sys, timm, timm_sd, torch
+torch.manual_seed(3)
+model = timm.create_model("test_vit", drop_path_rate=0.9).train()
+torch.manual_seed(int(sys.argv[1]))
+computed = []
+def note(module, args): computed.append(len(args[0]))
+for name, module in model.named_modules():
+    if name.endswith(("attn", "mlp")):
+        module.register_forward_pre_hook(note)
+for _ in range(4):
+    model(torch.randn(8, 3, 160, 160))
+print(computed)
+"""
+
+
+def test_the_same_gates_from_one_seed(tmp_path, run, capsys, monkeypatch):
+    """Another process has drawn other numbers meanwhile, but the seed is the first one's."""
+
+    def computed(seed, *flags):
+        monkeypatch.setattr(torch, "randint", lambda *args: torch.tensor(7))  # in place of the broadcast
+        run(SAME_GATES.replace("sys.argv[1]", seed), "--skip-drop-path", "row", *flags)
+        return capsys.readouterr().out
+
+    assert computed("1", "--same-gates") == computed("2", "--same-gates")
+    assert computed("1") != computed("2")
+
+
+def test_the_mode_is_recorded_next_to_the_arguments(run, tmp_path):
+    text = f"import timm.utils; print(timm.utils.get_outdir({str(tmp_path)!r}, 'run'))"
+    run(text, "--skip-drop-path", "count")
+    record = json.loads((tmp_path / "run" / "timm_sd.json").read_text())
+    assert record == dict(timm_sd=timm_sd.__version__, skip_drop_path="count", same_gates=False)
+
+
+def test_a_wrong_order_is_explained(run, monkeypatch, tmp_path, capsys):
+    (tmp_path / "script.py").write_text("")
+    monkeypatch.setattr(sys, "argv", ["__main__.py", str(tmp_path / "script.py"), "--skip-drop-path", "row"])
+    main()
+    assert "--skip-drop-path is passed to the script, since it comes after it" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="--same-gates: it needs --skip-drop-path"):
+        run("", "--same-gates")
 
 
 def test_no_model_is_converted_without_the_flag(run, capsys):

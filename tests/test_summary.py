@@ -36,6 +36,17 @@ def test_shares_of_samples_and_flops():
     assert abs(of_flops - 100 * skipped) < 0.1
 
 
+def test_a_count_that_is_far_from_the_rates():
+    """At a batch of four, a rate of 0.1 drops nothing; at ten, just what it asks for."""
+    model = timm.create_model("test_vit", **timm_blocks.VIT, drop_path_rate=0.1).train()
+    timm_sd.set_drop_path(model, 0.1, "uniform")
+    timm_sd.skip_drop_path(model, "count")
+    for size, said in ((4, True), (10, False)):
+        timm_sd.skip_drop_path(model, "count")
+        model(torch.randn(size, 3, 32, 32))
+        assert ("(the rates ask for 10.0%: mode " in timm_sd.summary(model)) == said, timm_sd.summary(model)
+
+
 def test_what_is_not_skipped_and_why():
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")

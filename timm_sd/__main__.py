@@ -1,23 +1,30 @@
 """Run a script with this package's networks registered: `python -m timm_sd [--skip-drop-path MODE] SCRIPT [ARGS ...]`.
 
 With --skip-drop-path, models that the script creates with timm.create_model do not compute, in training, what their
-drop paths drop. When it ends, a few lines say how much that has saved.
+drop paths drop. One line says what is skipped when a model is created, and a few say how much that has saved when the
+script ends. The mode is recorded in `timm_sd.json`, next to the `args.yaml` of timm's scripts.
 """
 
 import argparse
 import functools
+import itertools
 import os
 import runpy
+import statistics
 import sys
 import warnings
+from pathlib import Path
 
 import timm
+import torch
 from timm.models import _factory
 from torch import nn
 
+from . import __version__
 from .command_line import Parser, one_line_errors
 from .errors import UserError
-from .gate import MODES
+from .files import write_json
+from .gate import MODES, draw_gates, gates
 from .skip.convert import skip_drop_path
 from .skip.summary import Summary
 
@@ -32,12 +39,16 @@ def parse_args() -> argparse.Namespace:
         choices=("auto", *MODES),
         help="convert every model with timm_sd.skip_drop_path, in this mode",
     )
+    parser.add_argument(
+        "--same-gates", action="store_true", help="the same gates in all processes, which then wait less for each other"
+    )
+    parser.add_argument("--version", action="version", version=f"timm-sd {__version__}")
     parser.add_argument("script", metavar="SCRIPT", help="a Python file, such as timm's train.py")
     parser.add_argument("args", metavar="ARGS", nargs=argparse.REMAINDER, help="the script's own arguments")
     return parser.parse_args()
 
 
-def skip_in_every_model(mode: str) -> list[tuple[str, Summary]]:
+def skip_in_every_model(mode: str, same_gates: bool) -> list[tuple[str, Summary]]:
     """Patch `timm.create_model`, under each of its names, to convert the models it creates with `skip_drop_path`.
 
     Returns the list to which it adds their names and summaries.
@@ -56,6 +67,12 @@ def skip_in_every_model(mode: str) -> list[tuple[str, Summary]]:
                 raise UserError(f"--skip-drop-path {mode}, {model_name}: {cause}: use mode auto or batch") from error
         for warning in warned:
             tell(f"{model_name}: {warning.message}")
+        if own := gates(model):
+            share = statistics.mean(1 - gate.survival for gate in own)
+            modes = " and ".join(sorted({gate.mode for gate in own}))
+            tell(f"{model_name}: {len(own)} drop paths, mode {modes}, {share:.1%} of the samples skipped on average")
+            if same_gates:
+                share_gates(model)
         if "not_skipped" in vars(model):
             summaries.append((model_name, Summary(model)))
         return model
@@ -63,6 +80,39 @@ def skip_in_every_model(mode: str) -> list[tuple[str, Summary]]:
     for module in (timm, timm.models, _factory):  # the last is where pickle looks it up
         module.create_model = create_model
     return summaries
+
+
+def share_gates(model: nn.Module) -> None:
+    """Draw the gates of each training pass as a function of its number and of a seed that all processes have."""
+    own, passes = gates(model), itertools.count()
+    seed = []
+
+    def draw(module: nn.Module, args: tuple) -> None:
+        if not module.training:
+            return
+        if not seed:
+            seed.append(int(torch.randint(2**31, ())))
+            if torch.distributed.is_initialized():
+                torch.distributed.broadcast_object_list(seed)
+        survival, modes = [gate.survival for gate in own], [gate.mode for gate in own]
+        for gate, values in zip(own, draw_gates(survival, seed[0], next(passes), len(args[0]), modes), strict=True):
+            gate.provide(values)
+
+    model.register_forward_pre_hook(draw)
+
+
+def record_in_output_folders(mode: str, same_gates: bool) -> None:
+    """Patch the function by which timm's scripts make their output folder, to record there what is skipped."""
+    make = timm.utils.get_outdir
+
+    @functools.wraps(make)
+    def get_outdir(*args, **kwargs) -> str:
+        folder = make(*args, **kwargs)
+        record = dict(timm_sd=__version__, skip_drop_path=mode, same_gates=same_gates)
+        write_json(Path(folder) / "timm_sd.json", record)
+        return folder
+
+    timm.utils.get_outdir = get_outdir
 
 
 def tell(text: str) -> None:
@@ -84,7 +134,14 @@ def main() -> None:
     with one_line_errors(PROG):
         if not os.path.isfile(args.script):
             raise UserError(f"no such file: {args.script}")
-    summaries = skip_in_every_model(args.skip_drop_path) if args.skip_drop_path else []
+        if args.same_gates and not args.skip_drop_path:
+            raise UserError("--same-gates: it needs --skip-drop-path")
+    summaries = []
+    if not args.skip_drop_path and "--skip-drop-path" in args.args:
+        tell("--skip-drop-path is passed to the script, since it comes after it; before it, it converts the models")
+    if args.skip_drop_path:
+        summaries = skip_in_every_model(args.skip_drop_path, args.same_gates)
+        record_in_output_folders(args.skip_drop_path, args.same_gates)
     try:
         run(args.script, args.args)
     finally:

@@ -86,6 +86,22 @@ class Gate(nn.Module):
         self._check_provided((batch_size,))
         return torch.argsort(self.provided.logical_not().byte(), stable=True)[:k]
 
+    def provide(self, value: Tensor) -> None:
+        """Use these gates, of shape () or (B,) as in a row of `use_gates`, until others are provided.
+
+        Raises ValueError if they are no gates of this mode.
+        """
+        if self.mode == "batch" and value.ndim:
+            if value.any() != value.all():
+                raise ValueError("open and closed gates for a branch in mode 'batch', which takes one for all samples")
+            value = value.all()
+        if self.mode == "count" and value.sum() != kept(len(value), self.survival):
+            raise ValueError(
+                f"{value.sum()} of {len(value)} gates are open, but mode 'count' with p = {self.survival:g} opens"
+                f" {kept(len(value), self.survival)}: draw them with mode='count' and each gate's own `survival`"
+            )
+        self.provided = value
+
     def _check_provided(self, shape: tuple[int, ...]) -> None:
         if self.provided.shape != shape:
             raise ValueError(f"gates of shape {tuple(self.provided.shape)}, but this pass needs {shape}")
@@ -189,26 +205,11 @@ def use_gates(network: nn.Module | list[Gate], values: Tensor) -> Iterator[None]
             f"gates of type {values.dtype} and shape {tuple(values.shape)}, but this network's {len(own)} gates in"
             f" mode {' and '.join(map(repr, sorted(modes)))} take torch.bool of shape {' or '.join(shapes)}"
         )
-    provided = [_provided(gate, value) for gate, value in zip(own, values.cpu(), strict=True)]
     outer = [gate.provided for gate in own]
-    for gate, value in zip(own, provided, strict=True):
-        gate.provided = value
     try:
+        for gate, value in zip(own, values.cpu(), strict=True):
+            gate.provide(value)
         yield
     finally:
         for gate, value in zip(own, outer, strict=True):
             gate.provided = value
-
-
-def _provided(gate: Gate, value: Tensor) -> Tensor:
-    """A row of `use_gates` in the shape that a gate's mode takes. Raises ValueError if it is none of its gates."""
-    if gate.mode == "batch" and value.ndim:
-        if value.any() != value.all():
-            raise ValueError("open and closed gates for a branch in mode 'batch', which takes one for all samples")
-        return value.all()
-    if gate.mode == "count" and value.sum() != kept(len(value), gate.survival):
-        raise ValueError(
-            f"{value.sum()} of {len(value)} gates are open, but mode 'count' with p = {gate.survival:g} opens"
-            f" {kept(len(value), gate.survival)}: draw them with mode='count' and each gate's own `survival`"
-        )
-    return value

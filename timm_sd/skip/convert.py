@@ -42,7 +42,8 @@ def skip_drop_path(
             or a class that does the same (see `register_drop_path`).
         mode: "row", one gate per sample and call, which is the distribution of drop paths; "count", a fixed number of
             samples per call; "batch", one gate per call for the mini-batch, as in the paper (see `timm_sd.gate`); or
-            "auto": "batch" for branches with batch normalization, "row" for all others.
+            "auto": "batch" for branches with batch normalization, "row" for all others. The paper's networks keep
+            the mode that they were made with in "auto", and change it otherwise.
         example: The model's arguments, with at least four samples: a tensor, a tuple, or a dict of keyword arguments.
             By default, noise of the image size of a timm, torchvision or transformers model. Other sizes may follow.
         strict: Raise an error instead of warning.
@@ -67,7 +68,7 @@ def skip_drop_path(
         raise ValueError(f"the model cannot be copied ({error}): convert it before it is trained or sharded") from error
     kinds = {module: kind for module in probe.modules() if (kind := kind_of(module))}
     if not kinds and gates(model):
-        return model  # one of the paper's networks, which skip by themselves
+        return _set_mode(model, mode, allow_batch_norm)
     blocks = {}
     for name, block in probe.named_modules():
         own = {child: kinds[module] for child, module in children(block) if module in kinds}
@@ -108,6 +109,19 @@ def skip_drop_path(
         messages = [*messages, f"{count} calls of drop paths use one gate for the mini-batch, {why}"]
     for message in messages:
         warnings.warn(message, stacklevel=2)
+    return model
+
+
+def _set_mode(model: Model, mode: str, allow_batch_norm: bool) -> Model:
+    """Change the mode of one of the paper's networks, which skip by themselves and have BatchNorm in every branch."""
+    if mode in ("row", "count") and not allow_batch_norm:
+        raise ValueError(
+            f"{type(model).__name__} has a BatchNorm2d in its branches, which would compute its statistics from the"
+            ' kept samples only: use mode="batch" or "auto", or allow it with allow_batch_norm=True'
+        )
+    if mode != "auto":
+        for gate in gates(model):
+            gate.mode = mode
     return model
 
 

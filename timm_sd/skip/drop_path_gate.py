@@ -8,10 +8,14 @@ from .drop_paths import Kind, drop_probability
 
 
 class Tally:
-    """What a gate has saved so far: samples that came, those computed, and its branch's share of the model's FLOPs."""
+    """What a gate has saved so far.
+
+    `samples` came, and of them `computed` were kept, where the rates ask for `expected`; the branch has a share
+    `flops` of the model's.
+    """
 
     samples = computed = 0
-    flops = 0.0
+    expected = flops = 0.0
 
 
 class DropPathGate(Gate):
@@ -54,6 +58,7 @@ class DropPathGate(Gate):
         if not torch.compiler.is_compiling():  # there, a number that changes would be a constant
             self.tally.samples += size
             self.tally.computed += len(rows)
+            self.tally.expected += size * p
         share = len(rows) / size if count and size else p
         return rows, 1 / share if share and getattr(self.drop_path, "scale_by_keep", self.kind.scaled) else 1.0
 

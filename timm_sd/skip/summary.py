@@ -6,6 +6,8 @@ from torch import nn
 
 from .drop_path_gate import DropPathGate
 
+ROUNDED = 0.2  # how far mode "count" may be from the rates, relatively, before the summary says so
+
 
 class Summary:
     """A summary of a model that goes on counting, but does not keep the model alive."""
@@ -22,9 +24,13 @@ class Summary:
         lines = [f'{count} calls of drop paths are skipped in mode "{mode}"' for mode, count in self.modes.items()]
         drawn = [tally for tally in self.tallies if tally.samples]
         if drawn:
-            samples = 1 - sum(tally.computed for tally in drawn) / sum(tally.samples for tally in drawn)
+            total = sum(tally.samples for tally in drawn)
+            samples = 1 - sum(tally.computed for tally in drawn) / total
+            asked = 1 - sum(tally.expected for tally in drawn) / total
             flops = sum(tally.flops * (1 - tally.computed / tally.samples) for tally in drawn)
             end = f"skipped so far: {samples:.1%} of the samples in branches, {flops:.1%} of the model's FLOPs"
+            if self.modes.keys() == {"count"} and abs(samples - asked) > ROUNDED * asked:
+                end += f' (the rates ask for {asked:.1%}: mode "count" rounds, less so in larger batches)'
         else:
             end = "no training step so far"
         return "\n".join([*lines, *self.notes, end])
