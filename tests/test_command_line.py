@@ -1,6 +1,7 @@
 """Whatever the user types and whatever goes wrong, a script reports it in one line."""
 
 import contextlib
+import os
 import signal
 import subprocess
 import sys
@@ -23,6 +24,23 @@ def test_one_line():
     assert len(long) < LONGEST + 10
     assert (long[:5], long[-3:]) == ("begin", "end")
     assert str(UserError("a\nb")) == "a b"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="GNU's OpenMP is PyTorch's on Linux")
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
+)
+def test_threads_do_not_spin_for_long(own, expected):
+    """Set before PyTorch is imported, unless the user has."""
+    code = "import os, sys, start; print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=SCRIPTS, env=environment | own, capture_output=True, text=True
+    )
+    assert done.stdout == f"{expected} False\n"
 
 
 def test_any_user_input_is_reported_in_one_line(command):
