@@ -3,13 +3,16 @@
 import json
 import os
 import signal
+import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import runs
+import torch
 from test_resume import end_of
 
-from timm_sd import data, training
+from timm_sd import data, run_folder, training
 from timm_sd.errors import UserError
 from timm_sd.options import Options
 from timm_sd.record import Record
@@ -61,20 +64,20 @@ def test_a_fused_run_is_the_same_run_and_resumes_in_either(in_the_interpreter, t
     assert 1 < sum(line["active_blocks"] for line in eager[0]) < 5  # some are closed, and some open
     assert_same_run(whole, eager)
     assert Record.read(tmp_path / "fused").command == f"{Record.read(tmp_path / 'eager').command} --fused"
-    for begin, go_on in ((True, True), (True, False), (False, True)):
+    for begin, go_on, last in ((True, True, 5), (True, False, 5), (False, True, 6)):
         folder = tmp_path / f"{begin}-{go_on}"
         run_class = fused.FusedRun if begin else training.Run
         with monkeypatch.context() as patch:
             step, steps = run_class.step, []
 
-            def interrupted(self, *args, step=step, steps=steps):
+            def interrupted(self, *args, step=step, steps=steps, last=last):
                 steps.append(1)
-                if len(steps) == 5:
+                if len(steps) == last:
                     os.kill(os.getpid(), signal.SIGTERM)
                 step(self, *args)
 
             patch.setattr(run_class, "step", interrupted)
-            with pytest.raises(UserError, match="stopped by SIGTERM in epoch 2 after 2 steps"):
+            with pytest.raises(UserError, match=f"stopped by SIGTERM in epoch 2 after {last - 3} steps"):
                 run(folder, fused=begin, **options)
         resumed = run(folder, fused=go_on, resume=True, **options)
         if begin and go_on:
@@ -85,18 +88,59 @@ def test_a_fused_run_is_the_same_run_and_resumes_in_either(in_the_interpreter, t
         assert [where["fused"] for where in environments] == [begin] + [go_on] * (begin != go_on)
 
 
-def test_a_deeper_fused_run_without_augmentation_or_drops(in_the_interpreter, tmp_path):
+def test_a_deeper_fused_run_without_augmentation_or_drops(in_the_interpreter, tmp_path, monkeypatch):
+    monkeypatch.setitem(training.PROTOCOLS, "synthetic", replace(training.PROTOCOLS["synthetic"], augmented=False))
     options = dict(model="cifar_resnet14", epochs=1, batch_size=20, lr=0.05)
     assert_same_run(*(run(tmp_path / str(fused), fused=fused, **options) for fused in (True, False)))
 
 
-def test_a_checkpoint_that_cannot_be_written_ends_the_run(in_the_interpreter, tmp_path, monkeypatch):
+def test_a_slow_checkpoint_is_that_of_its_moment(in_the_interpreter, tmp_path, monkeypatch):
+    """It is written after the next step, and yet has the progress and the learning rate of before."""
+    options = dict(model="cifar_resnet8_sd", lr_schedule="one-cycle", drop_path=0.9)
+    run(tmp_path / "eager", **options)
+    stepped = threading.Event()
+    save, step = run_folder.RunFolder.save, fused.FusedRun.step
+
+    def slow(folder, accelerator, progress, *args):
+        if progress.epoch == 2:
+            assert stepped.wait(60)
+        save(folder, accelerator, progress, *args)
+
+    def noted(self, *args):
+        step(self, *args)
+        if self.progress.epoch == 2:
+            stepped.set()
+
+    monkeypatch.setattr(run_folder.RunFolder, "save", slow)
+    monkeypatch.setattr(fused.FusedRun, "step", noted)
+    run(tmp_path / "fused", fused=True, **options)
+
+    def rate(kind: str, name: str) -> float:
+        state = torch.load(tmp_path / kind / "checkpoints" / name / "optimizer.bin", weights_only=True)
+        return state["param_groups"][0]["lr"]
+
+    for name in ("epoch-00002-step-000000", "epoch-00003-step-000000"):
+        assert rate("fused", name) == rate("eager", name)
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_checkpoint_that_cannot_be_written_ends_the_run(in_the_interpreter, tmp_path, monkeypatch, stopped):
+    """The next epoch's end says so, or the signal that stops the run."""
+
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("timm_sd.run_folder.save_file", full)
+    step = fused.FusedRun.step
+
+    def interrupted(self, *args):
+        if stopped and self.progress.epoch == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        step(self, *args)
+
+    monkeypatch.setattr(fused.FusedRun, "step", interrupted)
+    monkeypatch.setattr(run_folder, "save_file", full)
     with pytest.raises(UserError, match="No space left on device"):
-        run(tmp_path, model="cifar_resnet8_sd", fused=True, epochs=3)
+        run(tmp_path, model="cifar_resnet8_sd", fused=True, epochs=3, batch_size=5)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,8 @@ pass, and the stem, the head with the loss, and the optimizer have one each. The
 graphs to launch: a dropped block costs a copy of its input, and nothing in the backward pass. On a CPU, the kernels run
 in Triton's interpreter, one by one.
 
-There are no atomics, so a run is bit-identical from run to run on one GPU and one version of everything.
+There are no atomics and all sums have a fixed order, so that a run can be bit-identical from run to run on one GPU and
+one version of everything. (Tests say so in the interpreter.)
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -120,8 +121,9 @@ class Slot:
 class Parameters:
     """All slots in one tensor, each padded to whole chunks; the same for momentum, copies and gradients."""
 
-    def __init__(self, slots: list[Slot], most: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, slots: list[Slot], batch_sizes: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
         self.slots, self.device = slots, device
+        most = batch_sizes[0]
         sizes = [slot.padded for slot in slots]
         gradient_sizes = [slot.padded * slot.rows(most) for slot in slots]
         self.value, self.momentum = (torch.zeros(sum(sizes), device=device) for _ in range(2))
@@ -138,23 +140,20 @@ class Parameters:
         self.firsts = torch.tensor(firsts, device=device)
         self.strides = self._by_chunk(sizes)
         self.gates = self._by_chunk([slot.gate for slot in slots])
+        # For each batch size: how many partial gradients each chunk has. (Graphs read what they do not keep alive.)
+        self.rows = {images: self._by_chunk([slot.rows(images) for slot in slots]) for images in batch_sizes}
 
     def _by_chunk(self, values: list[int]) -> Tensor:
         chunks = torch.tensor([slot.padded // CHUNK for slot in self.slots])
         return torch.tensor(values).repeat_interleave(chunks).to(self.device)
 
-    def sgd(self, images: int, gates: Tensor, lr: Tensor, weight_decay: float) -> Launch:
-        """What updates them after the backward pass of a number of images."""
-        rows = self._by_chunk([slot.rows(images) for slot in self.slots])
-        tables = (self.firsts, self.strides, rows, self.gates)
-
-        def launch() -> None:
-            kernels.sgd[(len(rows),)](
-                self.value, self.momentum, self.copy, self.gradients, *tables, gates, lr, weight_decay,
-                CHUNK=CHUNK,
-            )  # fmt: skip
-
-        return launch
+    def sgd(self, images: int, gates: Tensor, lr: Tensor, weight_decay: float) -> None:
+        """Update them after the backward pass of a number of images."""
+        rows = self.rows[images]
+        kernels.sgd[(len(rows),)](
+            self.value, self.momentum, self.copy, self.gradients, self.firsts, self.strides, rows, self.gates,
+            gates, lr, weight_decay, CHUNK=CHUNK,
+        )  # fmt: skip
 
 
 class Layer:
@@ -365,7 +364,7 @@ class Engine:
         fc = network.get_classifier()
         self.weight, self.bias = (Slot([p], tuple(p.shape), ALWAYS) for p in (fc.weight, fc.bias))
         slots = [slot for layer in self.layers for slot in (layer.weight, layer.affine)]
-        self.parameters = Parameters([*slots, self.weight, self.bias], most, dtype, device)
+        self.parameters = Parameters([*slots, self.weight, self.bias], batch_sizes, dtype, device)
 
         self.partial_sums = torch.empty(
             max(layer.sums(most) * 2 * layer.channels for layer in self.layers), device=device
@@ -377,13 +376,12 @@ class Engine:
         self.launches = {images: self._launches(images) for images in batch_sizes}
 
     def _launches(self, images: int) -> Launches:
-        sgd = self.parameters.sgd(images, self.schedule[1:], self.schedule[:1], self.weight_decay)
         launches = [
             partial(self._stem, images),
             *(partial(block.forward, self.partial_sums, images) for block in self.blocks),
             partial(self._head, images),
             *(partial(block.backward, self.partial_sums, images) for block in reversed(self.blocks)),
-            partial(self._finish, images, sgd),
+            partial(self._finish, images),
         ]
         launches = on_device(self.device, launches)
         head = len(self.blocks) + 1
@@ -405,14 +403,14 @@ class Engine:
         g = self.last_group.g.view(len(self.labels), -1, features.shape[1])[:images]
         g.copy_(torch.mm(gradient, weight).div_(g.shape[1])[:, None])
 
-    def _finish(self, images: int, sgd: Launch) -> None:
+    def _finish(self, images: int) -> None:
         """The stem's backward pass, the mean absolute gradient of its convolution (Figure 7), and the optimizer."""
         stem, g, dy = self.stem, self.first_group.g, self.first_group.dy
         stem.sum_gradient(g, self.stem_out, self.partial_sums, images)
         stem.backward(g, self.stem_out, self.partial_sums, self.images, dy, images)
         gradient = stem.weight.gradients[: stem.weight_gradients(images)].sum(0)
         self.sums[2] += gradient.abs().sum() / self.stem_weights
-        sgd()
+        self.parameters.sgd(images, self.schedule[1:], self.schedule[:1], self.weight_decay)
         self.tracked += self.schedule[1:]
 
     def step(self, images: Tensor, labels: Tensor, gates: Tensor, lr: float) -> None:

@@ -11,7 +11,6 @@ either. The differences are where things happen:
 
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -28,6 +27,7 @@ from .run_folder import Progress
 from .training import Run
 
 AUGMENTED = 5000  # images at a time
+LARGEST_BATCH = 50_000  # since kernels count in 32 bits
 
 
 class FusedRun(Run):
@@ -48,10 +48,14 @@ class FusedRun(Run):
         """Open or resume the run, and give its values to the engine."""
         super().begin()
         self.plain = self.network  # there is nothing that training adds to it
+        if self.progress.epoch > self.options.epochs:  # finished
+            return
         say("--fused: these kernels have not been measured on a GPU; without it, --cuda-graphs is the fastest")
         options, count = self.options, len(self.training_set)
         dtype = torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else torch.float32
         sizes = {min(options.batch_size, count - start) for start in range(0, count, options.batch_size)}
+        if max(sizes) > LARGEST_BATCH:
+            raise UserError(f"--batch-size {options.batch_size}: --fused takes at most {LARGEST_BATCH} images")
         try:
             self.engine = Engine(self.network, options.weight_decay, sorted(sizes, reverse=True), dtype)
             largest = max(len(self.validation_set), len(self.test_set))
@@ -59,6 +63,7 @@ class FusedRun(Run):
         except OutOfResources as error:
             raise UserError(f"--fused: its kernels are too large for this GPU ({error}): omit it") from error
         self.engine.load(self.optimizer)
+        self.lr = self.optimizer.param_groups[0]["lr"]
         self.engine.sums.copy_(self.sums)
         self.sums = self.engine.sums
 
@@ -84,23 +89,26 @@ class FusedRun(Run):
             augmented=self.protocol.augmented,
         )
         labels = fill(self.images, batches)
-        rest = slice(progress.steps * options.batch_size, None)
-        for images, own in zip(*(t[rest].split(options.batch_size) for t in (self.images, labels)), strict=True):
-            yield images, own, len(own)
+        for start in range(progress.steps * options.batch_size, len(labels), options.batch_size):
+            batch = slice(start, start + options.batch_size)
+            yield self.images[batch], labels[batch], len(labels[batch])
 
     def step(self, images: Tensor, labels: Tensor, gate_values: Tensor, batch_size: int) -> None:
         """One step of SGD on a batch."""
-        self.engine.step(images, labels, gate_values, self.optimizer.param_groups[0]["lr"])
+        self.lr = self.learning_rate(self.progress.steps + 1)
+        self.engine.step(images, labels, gate_values, self.lr)
 
     def evaluate(self) -> dict[str, float]:
         """The current network's validation and test error, in percent."""
         return {name: self.inference.error(*part) for name, part in self.evaluated.items()}
 
-    def checkpoint(self, best: nn.Module | None = None) -> None:
-        """Copy the current state of the run, and start to save it."""
+    def check_finite(self, total: float) -> None:
+        """Copy the current state to the network and the optimizer, once they are saved, and check it."""
         self.wait_for_writer()
         self.engine.export(self.optimizer)
-        super().checkpoint(best)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr
+        super().check_finite(total)
 
     def save(self, progress: Progress, best: nn.Module | None) -> None:
         """Write a checkpoint in the background. The network and the optimizer do not change until it is written."""
@@ -110,7 +118,7 @@ class FusedRun(Run):
         progress = replace(progress)  # the run goes on
 
         def write() -> None:
-            with torch.cuda.stream(self.copies) if self.copies is not None else nullcontext():
+            with torch.cuda.stream(self.copies):  # None: no change
                 self.folder.save(self.accelerator, progress, self.options.keep_checkpoints, best)
 
         self.saving = self.writer.submit(write)

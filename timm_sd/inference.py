@@ -39,9 +39,9 @@ class Inference:
     def error(self, images: Tensor, labels: Tensor) -> float:
         """The error in percent on images of shape (N, 34, 34, 4), bordered, in float32."""
         self.errors.zero_()
-        for first, batch in zip(images.split(len(self.images)), labels.split(len(self.images)), strict=True):
-            self.images[: len(batch)].copy_(first)
+        for some, own in zip(images.split(len(self.images)), labels.split(len(self.images)), strict=True):
+            self.images[: len(some)].copy_(some)
             self.labels.fill_(NO_LABEL)
-            self.labels[: len(batch)].copy_(batch)
+            self.labels[: len(some)].copy_(own)
             self.launch()
         return 100 * self.errors.item() / len(labels)

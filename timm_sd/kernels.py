@@ -86,7 +86,7 @@ def pooled(x_ptr, pixel, channel, SIZE: tl.constexpr, IN: tl.constexpr):
     """Option A's shortcut to H x W pixels: x, bordered with IN channels, averaged over 2x2 pixels; then zeros."""
     at = x_ptr + (place(pixel, SIZE, 2) * IN)[:, None] + channel[None, :]
     below = (2 * SIZE + 2) * IN
-    exists = ((channel < IN)[None, :]) & ((pixel >= 0)[:, None])
+    exists = (channel < IN)[None, :]
     x = tl.load(at, mask=exists, other=0.0).to(tl.float32)
     x += tl.load(at + IN, mask=exists, other=0.0).to(tl.float32)
     x += tl.load(at + below, mask=exists, other=0.0).to(tl.float32)
@@ -326,7 +326,7 @@ def weight_gradient(
         dy = tl.load(dy_ptr + (at * OUT)[:, None] + out[None, :], mask=exists, other=0.0)
         dw = tl.dot(tl.trans(x), dy, dw)
     at = partial_ptr + tl.program_id(0) * row_size + tl.program_id(1) * (3 * IN)
-    tl.store(at + (out * (9 * IN))[None, :] + k[:, None], dw, mask=(k < 3 * IN)[:, None] & (out >= 0)[None, :])
+    tl.store(at + (out * (9 * IN))[None, :] + k[:, None], dw, mask=(k < 3 * IN)[:, None])
 
 
 @triton.jit

@@ -32,6 +32,8 @@ def start(**kwargs) -> Accelerator:
         ) from error
     if accelerator.device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"ACCELERATE_TORCH_DEVICE={accelerator.device}: CUDA is not available")
+    if accelerator.device.type == "cuda":
+        torch.cuda.set_device(accelerator.device)  # Accelerate does so with several processes only
     return accelerator
 
 

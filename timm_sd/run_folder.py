@@ -140,8 +140,9 @@ class RunFolder:
         if progress.epoch > options["epochs"]:  # finished: it takes no step here
             return progress, "", self.last
         environments = self.configuration["environments"]
-        known = {name: value for name, value in environment.items() if name in environments[-1]}
-        if differing := _differences(environments[-1], known):
+        before = {"fused": False} | environments[-1]  # older runs do not say so
+        known = {name: value for name, value in environment.items() if name in before}
+        if differing := _differences(before, known):
             environments.append(environment | {"since": self.last.name})
         return progress, differing, self.last
 

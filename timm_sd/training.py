@@ -91,6 +91,8 @@ def check_fused(accelerator: Accelerator) -> None:
     """Raise UserError unless --fused can run here."""
     if accelerator.device.type != "cuda" or torch.version.hip:
         raise UserError("--fused: it needs an NVIDIA GPU; omit it")
+    if torch.cuda.get_device_capability(accelerator.device) < (8, 0):
+        raise UserError("--fused: it needs a GPU with bfloat16, such as an A100 or H100; omit it")
     if not importlib.util.find_spec("triton"):
         raise UserError("--fused: Triton is not installed, which PyTorch's CUDA builds for Linux bring along; omit it")
     if accelerator.num_processes > 1 or accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
@@ -234,6 +236,8 @@ class Run:
     def step(self, images: Tensor, labels: Tensor, gate_values: Tensor, batch_size: int) -> None:
         """One step of SGD on this process's part of a batch of `batch_size` images."""
         processes = self.accelerator.num_processes
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(self.progress.steps + 1)
         with use_gates(self.gates, gate_values):
             logits = self.model(images)
             loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=self.options.label_smoothing)
@@ -289,8 +293,6 @@ class Run:
         ) as batches:
             for images, labels, batch_size in batches:
                 gate_values = draw_gates(self.survival, options.seed, self.steps_done)
-                for group in self.optimizer.param_groups:
-                    group["lr"] = self.learning_rate(progress.steps + 1)
                 self.step(images, labels, gate_values, batch_size)
                 progress.steps += 1
                 progress.active_blocks += int(gate_values.sum())
@@ -378,20 +380,13 @@ def train(options: Options) -> None:
     """
     accelerator = create_accelerator(options)
     folder = RunFolder(options.output_dir)
+    if options.fused:
+        from .fused import FusedRun  # imports Triton, which not every machine has
     try:
-        run_class(options)(accelerator, options, folder).train()
+        (FusedRun if options.fused else Run)(accelerator, options, folder).train()
     finally:
         accelerator.end_training()
         folder.close()
-
-
-def run_class(options: Options) -> type[Run]:
-    """`Run`, or with --fused `FusedRun`."""
-    if not options.fused:
-        return Run
-    from .fused import FusedRun  # imports Triton, which not every machine has
-
-    return FusedRun
 
 
 def stopped(signal: str, progress: Progress) -> UserError:

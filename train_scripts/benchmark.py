@@ -11,16 +11,17 @@ import argparse
 import multiprocessing
 import re
 import statistics
-import time
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
 
+import benchmark_gpu
+import benchmark_gpu_tables
 import benchmark_timm
 import timm
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from benchmark_timm import NONE, Measured
+from benchmark_timm import NONE, Measured, now, perfect_seconds
 from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -125,13 +126,6 @@ def make_step(kind: str, model: str, batch_size: int) -> Step:
     return run_step(run)
 
 
-def now() -> float:
-    """The time in seconds, once the device has finished its work."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 def time_steps(steps: dict[Hashable, Step], count: int, warm_up: int = 2) -> dict[Hashable, list[float]]:
     """Seconds of each of `count` steps after warm-up, the kinds taking turns."""
     seconds = {kind: [] for kind in steps}
@@ -191,11 +185,6 @@ def clock_stages(network: nn.Module) -> list[float]:
         stage.register_forward_pre_hook(enter)
         stage.register_forward_hook(leave)
     return seconds
-
-
-def perfect_seconds(constant: float, stages: list[float], dropped: list[float]) -> float:
-    """Seconds of a step of `constant` seconds, `stages` of them in its stages, that saves a share of each stage."""
-    return constant - sum(seconds * share for seconds, share in zip(stages, dropped, strict=True))
 
 
 def compare_steps(model: str, batch_size: int, count: int) -> float:
@@ -384,7 +373,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--timm-steps", type=int, default=6)
     parser.add_argument("--plot", type=path, help="PNG or SVG file to plot the timm models at the highest rate")
     parser.add_argument("--data-dir", type=path, default=Path("data"), help="folder with torchvision's CIFAR-10 files")
+    parser.add_argument("--gpu", action="store_true", help="instead, check and measure all that needs a GPU")
+    parser.add_argument("--minutes", type=float, default=4, help="time for --gpu")
+    parser.add_argument("--gpu-models", nargs="+", metavar="MODEL", help="--gpu for these timm models, compiled too")
+    parser.add_argument("--gpu-tables", action="store_true", help="instead, show what --gpu has found")
     args = parser.parse_args()
+    if not args.minutes > 0:
+        parser.error(f"--minutes {args.minutes:g}: it must be positive")
     if args.timm_steps < 2:
         parser.error(f"--timm-steps {args.timm_steps}: intervals need at least 2")
     if not all(0 < rate < 1 for rate in args.timm_rates):
@@ -399,26 +394,36 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
+def measure(args: argparse.Namespace) -> None:
+    """Measure and print the parts."""
+    accelerator = machine.start()
+    if "timm" in args.parts:
+        for model in args.timm_models:
+            benchmark_timm.kinds(model)  # raises now, not minutes later, if the model cannot be measured
+    device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else "CPU"
+    say(
+        f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, timm {timm.__version__},"
+        f" mixed precision {accelerator.mixed_precision}"
+    )
+    batch_seconds = compare_data(args.data_dir, args.batch_size) if "data" in args.parts else None
+    step_seconds = compare_steps(args.model, args.batch_size, args.steps) if "step" in args.parts else None
+    if batch_seconds and step_seconds:
+        say(f"the data takes {100 * batch_seconds / step_seconds:.2f}% of a training step with stochastic depth")
+    if "depth" in args.parts:
+        compare_depths(args.depth_batch_size, args.depth_steps)
+    if "timm" in args.parts:
+        compare_timm(args.timm_models, args.timm_rates, args.timm_batch_size, args.timm_steps, args.plot)
+
+
 def main() -> None:
     args = parse_args()
     with one_line_errors("benchmark.py"):
-        accelerator = machine.start()
-        if "timm" in args.parts:
-            for model in args.timm_models:
-                benchmark_timm.kinds(model)  # raises now, not minutes later, if the model cannot be measured
-        device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else "CPU"
-        say(
-            f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, timm {timm.__version__},"
-            f" mixed precision {accelerator.mixed_precision}"
-        )
-        batch_seconds = compare_data(args.data_dir, args.batch_size) if "data" in args.parts else None
-        step_seconds = compare_steps(args.model, args.batch_size, args.steps) if "step" in args.parts else None
-        if batch_seconds and step_seconds:
-            say(f"the data takes {100 * batch_seconds / step_seconds:.2f}% of a training step with stochastic depth")
-        if "depth" in args.parts:
-            compare_depths(args.depth_batch_size, args.depth_steps)
-        if "timm" in args.parts:
-            compare_timm(args.timm_models, args.timm_rates, args.timm_batch_size, args.timm_steps, args.plot)
+        if args.gpu_tables:
+            benchmark_gpu_tables.show()
+        elif args.gpu or args.gpu_models:
+            benchmark_gpu.run(args)
+        else:
+            measure(args)
 
 
 if __name__ == "__main__":

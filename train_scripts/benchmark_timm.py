@@ -9,6 +9,7 @@ All kinds of step use the same model with the same probabilities:
 """
 
 import statistics
+import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -21,6 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from timm_sd import draw_gates, gates, skip_drop_path, use_gates
@@ -85,6 +87,18 @@ class DinoV2Block(nn.Module):
         return x.flatten(1).index_add(0, rows, residual, alpha=len(x) / len(rows)).view_as(x)
 
 
+def now() -> float:
+    """The time in seconds, once the device has finished its work."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def perfect_seconds(constant: float, parts: list[float], dropped: list[float]) -> float:
+    """Seconds of a step of `constant` seconds, `parts` of them in branches, that saves a share of each."""
+    return constant - sum(seconds * share for seconds, share in zip(parts, dropped, strict=True))
+
+
 def kinds(model: str) -> list[str]:
     """The kinds of step that a model supports: "row" and "count" require no BatchNorm, and DINOv2's form a ViT.
 
@@ -106,7 +120,11 @@ def kinds(model: str) -> list[str]:
 
 def make_network(kind: str, model: str, rate: float) -> nn.Module:
     """The network for one kind of step. Raises ValueError if the model does not support it."""
-    network = timm.create_model(model, drop_path_rate=0.0 if kind == NONE else rate)
+    return convert(timm.create_model(model, drop_path_rate=0.0 if kind == NONE else rate), kind)
+
+
+def convert(network: nn.Module, kind: str) -> nn.Module:
+    """A timm model with its DropPath, turned into one for this kind of step. Raises ValueError as `make_network`."""
     if not network.num_classes:
         raise ValueError("it has no classifier")
     if kind in MODES:
@@ -175,12 +193,16 @@ def make_step(kind: str, model: str, rate: float, batch_size: int) -> Step:
     """A function that runs training step t."""
     torch.manual_seed(0)
     network = make_network(kind, model, rate).to(Accelerator().device)
-    return training_step(network, make_pass(network, kind, batch_size))
+    return training_step(sgd(network), make_pass(network, kind, batch_size))
 
 
-def training_step(network: nn.Module, make: Step) -> Step:
-    """A pass of a network followed by a step of SGD."""
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
+def sgd(network: nn.Module) -> Optimizer:
+    """The optimizer of a network."""
+    return torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
+
+
+def training_step(optimizer: Optimizer, make: Step) -> Step:
+    """A pass of a network followed by a step of its optimizer."""
 
     def step(t: int) -> None:
         make(t)
@@ -195,7 +217,7 @@ def make_clocked_step(model: str, rate: float, batch_size: int, now: Callable[[]
     torch.manual_seed(0)
     network = make_network("batch", model, rate).to(Accelerator().device)
     seconds = clock_branches(network, now)
-    return training_step(network, make_pass(network, "batch", batch_size, open_all=True)), seconds
+    return training_step(sgd(network), make_pass(network, "batch", batch_size, open_all=True)), seconds
 
 
 def clock_branches(network: nn.Module, now: Callable[[], float]) -> list[float]:

@@ -9,8 +9,8 @@ import sys
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-# GNU's OpenMP, PyTorch's on Linux, lets threads spin at barriers for long, which is ruinous where others want the cores.
-# It reads this when PyTorch is imported; a user's own setting wins.
+# GNU's OpenMP, PyTorch's on Linux, lets threads spin at barriers for long, which is ruinous where others want the
+# cores. It reads this when PyTorch is imported; a user's own setting wins.
 if sys.platform == "linux" and "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
