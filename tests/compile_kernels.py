@@ -68,7 +68,6 @@ def compiled(kernel, signature, constants, attributes, options) -> dict:
             [TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
         )
         (used,) = re.findall(r"REG:(\d+) STACK:(\d+) .* LOCAL:(\d+)", usage.stdout + usage.stderr)
-        code = subprocess.run([TOOLS / "nvdisasm", "-c", file.name], capture_output=True, text=True).stdout
     registers, stack, local = map(int, used)
     return dict(
         kernel=kernel.__name__,
@@ -77,8 +76,7 @@ def compiled(kernel, signature, constants, attributes, options) -> dict:
         shared=binary.metadata.shared,
         registers=registers,
         spilled=stack + local,
-        instructions=len(re.findall(r"^\s+/\*[0-9a-f]{4,5}\*/", code, re.M)),
-        wgmma=len(re.findall(r"\bHGMMA", code)),
+        wgmma=binary.asm["ptx"].count("wgmma.mma_async"),
     )
 
 

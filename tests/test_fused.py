@@ -19,7 +19,9 @@ from timm_sd.record import Record
 
 pytest.importorskip("triton", reason="Triton comes with PyTorch's CUDA builds for Linux only")
 
-from timm_sd import fused
+from timm_sd import fused, inference
+
+pytestmark = pytest.mark.usefixtures("registry")  # depths 8 and 14
 
 
 @pytest.fixture
@@ -113,6 +115,7 @@ def test_a_slow_checkpoint_is_that_of_its_moment(in_the_interpreter, tmp_path, m
 
     monkeypatch.setattr(run_folder.RunFolder, "save", slow)
     monkeypatch.setattr(fused.FusedRun, "step", noted)
+    monkeypatch.setattr(inference.Inference, "error", lambda *_: 50.0)  # takes most of the time
     run(tmp_path / "fused", fused=True, **options)
 
     def rate(kind: str, name: str) -> float:
@@ -139,6 +142,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run(in_the_interpreter, tm
 
     monkeypatch.setattr(fused.FusedRun, "step", interrupted)
     monkeypatch.setattr(run_folder, "save_file", full)
+    monkeypatch.setattr(inference.Inference, "error", lambda *_: 50.0)
     with pytest.raises(UserError, match="No space left on device"):
         run(tmp_path, model="cifar_resnet8_sd", fused=True, epochs=3, batch_size=5)
 

@@ -119,7 +119,7 @@ def test_the_papers_imagenet_network(run, capsys):
     assert survival == pytest.approx([1 - 0.5 * block / 49 for block in range(1, 50)])
 
 
-def test_the_papers_networks_take_the_mode_too(run, capsys):
+def test_the_papers_networks_take_the_mode_too(run, capsys, registry):
     text = "import timm, timm_sd; network = timm.create_model('cifar_resnet8_sd')\n"
     text += "print({gate.mode for gate in timm_sd.gates(network)})"
     text = "import timm_sd; timm_sd.register_depth(8)\n" + text
