@@ -1,17 +1,17 @@
 """The engine's kernels, run by Triton's interpreter, against autograd; and compiled for a GPU."""
 
-import copy
 import gc
 import json
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import timm
 import torch
+from conftest import SCRIPTS
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from timm_sd import register_depth
@@ -34,95 +34,36 @@ def few_rows_at_a_time(monkeypatch):
     monkeypatch.setattr(kernels, "GRADIENTS", tl.constexpr(1))
 
 
-def network_and_engine(dtype: torch.dtype = torch.float32):
+def network_and_engine():
     """A ResNet-14, whose blocks have three widths, with stride 1 and (but for the first) with 2."""
     register_depth(14)
     torch.manual_seed(0)
     network = timm.create_model("cifar_resnet14_sd").to(memory_format=torch.channels_last).train()
-    for module in network.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            torch.nn.init.normal_(module.bias, std=0.3)
-            torch.nn.init.uniform_(module.running_mean)
-            torch.nn.init.uniform_(module.running_var, 0.5, 2)
-            module.running_var[0] = 1e-4
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, nesterov=True)
-    made = Engine(network, 1e-4, IMAGES, dtype)
-    poison(made)
-    made.load(optimizer)
+    made = Engine(network, 1e-4, IMAGES, torch.float32)
+    made.load(torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, nesterov=True))
     return network, made
-
-
-def poison(made: Engine) -> None:
-    """Put NaN wherever a step must write before it reads. Borders and the zeros between spread gradients stay."""
-    groups = {block.group for block in made.blocks}
-    flat = [made.partial_sums, *(t for layer in made.layers for t in (layer.y, layer.moments, layer.running))]
-    flat += [t for group in groups for t in (group.g, group.dz)]
-    whole = [made.stem_out, *(t for block in made.blocks for t in (block.hidden, block.out))]
-    whole += [group.dy for group in groups]
-    for tensor in flat:
-        tensor.fill_(np.nan)
-    for tensor in whole:
-        inside(tensor).fill_(np.nan)
-    for group in groups:
-        if group.spread is not None:
-            inside(group.spread)[:, ::2, ::2] = np.nan
-    for slot in made.parameters.slots:
-        slot.gradients[:, : np.prod(slot.shape)] = np.nan
 
 
 def relative(ours: torch.Tensor, exact: torch.Tensor) -> float:
     return ((ours.double() - exact).norm() / exact.norm()).item()
 
 
-def summed(slot: engine.Slot, images: int) -> list[torch.Tensor]:
-    """The gradients of a slot's parameters."""
-    partial = slot.gradients[: slot.rows(images), : np.prod(slot.shape)]
-    return slot.split(partial.sum(0).view(slot.shape))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
-@pytest.mark.parametrize("images", IMAGES)
-@pytest.mark.parametrize("index", [0, 2, 3, 4, 5])
-def test_a_block_agrees_with_autograd_in_float64(dtype, images, index):
-    """Outputs, all gradients and running statistics; autograd rounds what the kernels store."""
+def test_kernels_agree_with_autograd_in_float64(dtype, monkeypatch):
+    """What `benchmark.py --gpu` checks on a GPU: blocks, stem, optimizer and inference, with tighter limits."""
+    monkeypatch.syspath_prepend(SCRIPTS)
+    import benchmark_gpu_checks as checks
 
-    def rounded(t: torch.Tensor) -> torch.Tensor:
-        return t if dtype == torch.float32 else t + (t.to(dtype).double() - t).detach()
-
-    network, made = network_and_engine(dtype)
-    block = made.blocks[index]
-    module = copy.deepcopy([*network.stages[0], *network.stages[1], *network.stages[2]][index]).double()
-    branch = module.branch
-    for conv in (branch.conv1, branch.conv2):
-        conv.weight.data = conv.weight.data.to(dtype).double()
-    size = block.first.size
-    x = torch.randn(images, block.first.channels_in, size * block.stride, size * block.stride).relu().to(dtype)
-    g = torch.randn(images, block.first.channels, size, size).to(dtype)
-
-    exact = x.double().requires_grad_()
-    hidden = rounded(branch.act1(branch.bn1(rounded(branch.conv1(exact)))))
-    out = torch.relu(branch.bn2(rounded(branch.conv2(hidden))) + rounded(module.shortcut(exact)))
-    out.backward(g.double())
-
-    inside(block.x)[:images] = x.permute(0, 2, 3, 1)
-    block.group.g.view(IMAGES[0], size, size, -1)[:images] = g.permute(0, 2, 3, 1)
-    block.forward(made.partial_sums, images)
-    out_by_kernels = inside(block.out)[:images].permute(0, 3, 1, 2).clone()
-    block.backward(made.partial_sums, images)
-    dx = block.dx[: x.numel() // x.shape[1]].view(images, *x.shape[2:], -1).permute(0, 3, 1, 2)
-
-    pairs = [(out_by_kernels, out), (dx, exact.grad)]
-    for layer, conv, bn in ((block.first, branch.conv1, branch.bn1), (block.second, branch.conv2, branch.bn2)):
-        (weight,), (scale, shift) = summed(layer.weight, images), summed(layer.affine, images)
-        pairs += [(weight, conv.weight.grad), (scale, bn.weight.grad), (shift, bn.bias.grad)]
-        pairs += [(layer.running[0], bn.running_mean), (layer.running[1], bn.running_var)]
-    errors = [relative(ours, theirs.detach()) for ours, theirs in pairs]
-    tolerance = 1e-5 if dtype == torch.float32 else 3e-3
-    assert all(error < tolerance for error in errors), errors  # NaN is not
-    for tensor in (block.hidden, block.out, block.group.dy):  # borders are still zero
-        border = tensor.clone()
-        inside(border).zero_()
-        assert not border.any()
+    monkeypatch.setitem(checks.LIMITS, torch.float16, 3e-3)
+    monkeypatch.setitem(checks.LIMITS, torch.float32, 1e-5)
+    monkeypatch.setattr(checks, "INFERENCE_LIMIT", 1e-5)
+    found = {}
+    checks.check_kernels(IMAGES, dtype, torch.device("cpu"), math.inf, found)
+    assert len(found) == len(IMAGES) * (5 + 2) + 1  # five kinds of block, the stem and the optimizer
+    for name, case in found.items():
+        for of, error in case["errors"].items():
+            assert error is not None, (name, of)  # not NaN
+            assert error < case["limit"], (name, of)
 
 
 def test_the_engine_keeps_what_its_graphs_read(monkeypatch, large_tiles):

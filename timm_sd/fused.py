@@ -23,7 +23,6 @@ from .engine import IMAGE_CHANNELS, SIZE, Engine, bordered, inside
 from .errors import UserError
 from .evaluation import BATCH_SIZE
 from .inference import Inference
-from .run_folder import Progress
 from .training import Run
 
 AUGMENTED = 5000  # images at a time
@@ -50,7 +49,7 @@ class FusedRun(Run):
         self.plain = self.network  # there is nothing that training adds to it
         if self.progress.epoch > self.options.epochs:  # finished
             return
-        say("--fused: these kernels have not been measured on a GPU; without it, --cuda-graphs is the fastest")
+        say("--fused has not been measured on a GPU yet; --cuda-graphs has")
         options, count = self.options, len(self.training_set)
         dtype = torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else torch.float32
         sizes = {min(options.batch_size, count - start) for start in range(0, count, options.batch_size)}
@@ -110,12 +109,11 @@ class FusedRun(Run):
             group["lr"] = self.lr
         super().check_finite(total)
 
-    def save(self, progress: Progress, best: nn.Module | None) -> None:
+    def save(self, best: nn.Module | None = None) -> None:
         """Write a checkpoint in the background. The network and the optimizer do not change until it is written."""
         if self.copies is not None:  # the thread must not wait for steps that are launched from now on
             self.copies.wait_stream(torch.cuda.current_stream())
-
-        progress = replace(progress)  # the run goes on
+        progress = replace(self.progress)  # the run goes on
 
         def write() -> None:
             with torch.cuda.stream(self.copies):  # None: no change

@@ -46,16 +46,13 @@ def convolved(
     OUT: tl.constexpr,
     STRIDE: tl.constexpr,
     TRANSPOSED: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ):
     """The convolution of x at some pixels, (PIXELS, OUT) in float32, or TRANSPOSED as for the gradient of an input."""
     width: tl.constexpr = STRIDE * SIZE + 2
     out = tl.arange(0, OUT)
     k = tl.arange(0, 4 * IN)  # a window of four pixels
     window = x_ptr + ((place(pixel, SIZE, STRIDE) - width - 1) * IN)[:, None] + k[None, :]
-    # All loads of x come before the products, so that their latencies overlap.
-    x0 = tl.load(window)
-    x1 = tl.load(window + width * IN)
-    x2 = tl.load(window + 2 * width * IN)
     used = (k < 3 * IN)[:, None]
     if TRANSPOSED:  # the filter turned by 180 degrees
         row = w_ptr + (k % IN * (9 * OUT) + (8 - k // IN) * OUT)[:, None] + out[None, :]
@@ -63,9 +60,20 @@ def convolved(
     else:
         row = w_ptr + (out * (9 * IN))[None, :] + k[:, None]
         step: tl.constexpr = 3 * IN
-    y = tl.dot(x0, tl.load(row, mask=used, other=0.0))
-    y = tl.dot(x1, tl.load(row + step, mask=used, other=0.0), y)
-    return tl.dot(x2, tl.load(row + 2 * step, mask=used, other=0.0), y)
+    if AT_ONCE:  # all loads of x come before the products, so that their latencies overlap
+        x0 = tl.load(window)
+        x1 = tl.load(window + width * IN)
+        x2 = tl.load(window + 2 * width * IN)
+        y = tl.dot(x0, tl.load(row, mask=used, other=0.0))
+        y = tl.dot(x1, tl.load(row + step, mask=used, other=0.0), y)
+        y = tl.dot(x2, tl.load(row + 2 * step, mask=used, other=0.0), y)
+    else:  # in float32, three windows at once take too many registers
+        y = tl.zeros([pixel.shape[0], OUT], tl.float32)
+        for _ in range(3):
+            y = tl.dot(tl.load(window), tl.load(row, mask=used, other=0.0), y)
+            window += width * IN
+            row += step
+    return y
 
 
 @triton.jit
@@ -113,7 +121,7 @@ def convolve(
     squares = tl.zeros([OUT], tl.float32)
     for tile in range(TILES):
         pixel = (tl.program_id(0) * TILES + tile) * PIXELS + tl.arange(0, PIXELS)
-        y = convolved(x_ptr, w_ptr, pixel, SIZE, IN, OUT, STRIDE, False).to(y_ptr.dtype.element_ty)
+        y = convolved(x_ptr, w_ptr, pixel, SIZE, IN, OUT, STRIDE, False, True).to(y_ptr.dtype.element_ty)
         tl.store(y_ptr + (pixel * OUT)[:, None] + out[None, :], y)
         y = y.to(tl.float32)
         total += tl.sum(y, 0)
@@ -256,7 +264,7 @@ def hidden_gradient(
     for tile in range(TILES):
         pixel = (tl.program_id(0) * TILES + tile) * PIXELS + tl.arange(0, PIXELS)
         own = (pixel * C)[:, None] + c[None, :]
-        g = convolved(dy_ptr, w_ptr, pixel, SIZE, C, C, 1, True)
+        g = convolved(dy_ptr, w_ptr, pixel, SIZE, C, C, 1, True, True)
         hidden = tl.load(hidden_ptr + (place(pixel, SIZE, 1) * C)[:, None] + c[None, :])
         g = tl.where(hidden > 0, g, 0.0).to(g_ptr.dtype.element_ty)
         tl.store(g_ptr + own, g)
@@ -284,7 +292,7 @@ def input_gradient(
     """dx, the gradient with respect to the block's input, shortcut included. Without POOLED it may be g itself."""
     c = tl.arange(0, IN)
     pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
-    dx = convolved(dy_ptr, w_ptr, pixel, SIZE, OUT, IN, 1, True)
+    dx = convolved(dy_ptr, w_ptr, pixel, SIZE, OUT, IN, 1, True, True)
     own = (pixel * IN)[:, None] + c[None, :]
     if POOLED:
         half: tl.constexpr = SIZE // 2
@@ -387,15 +395,7 @@ def infer(
     """ReLU(survival * bn(convolution) + shortcut) in inference. With SHORTCUT 1, its input and out may be the same."""
     c = tl.arange(0, OUT)
     pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
-    k = tl.arange(0, 4 * IN)
-    width: tl.constexpr = STRIDE * SIZE + 2
-    window = x_ptr + ((place(pixel, SIZE, STRIDE) - width - 1) * IN)[:, None] + k[None, :]
-    row = w_ptr + (c * (9 * IN))[None, :] + k[:, None]
-    y = tl.zeros([PIXELS, OUT], tl.float32)
-    for _ in range(3):  # in turn: in float32, three windows at once take too many registers
-        y = tl.dot(tl.load(window), tl.load(row, mask=(k < 3 * IN)[:, None], other=0.0), y)
-        window += width * IN
-        row += 3 * IN
+    y = convolved(x_ptr, w_ptr, pixel, SIZE, IN, OUT, STRIDE, False, False)
     scale = tl.load(affine_ptr + c) / tl.sqrt(tl.load(running_ptr + OUT + c) + EPSILON)
     y = (y - tl.load(running_ptr + c)[None, :]) * scale[None, :] + tl.load(affine_ptr + OUT + c)[None, :]
     y *= survival

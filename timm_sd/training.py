@@ -329,27 +329,26 @@ class Run:
     def end_epoch(self, metrics: dict[str, float]) -> None:
         """Log the metrics and save everything."""
         self.accelerator.log(metrics, step=metrics["epoch"])
-        self.progress = Progress(history=[*self.progress.history, metrics])
         self.sums.zero_()
-        self.checkpoint(self.plain if self.progress.best is metrics else None)
+        sums = torch.zeros(self.accelerator.num_processes, len(SUMS)).tolist()
+        self.progress = Progress([*self.progress.history, metrics], sums=sums)
+        self.save(self.plain if self.progress.best is metrics else None)
         say(
             "epoch {epoch}: lr {lr:g}, training loss {train_loss:.4f}, errors {train_error:.2f}% training,"
             " {validation_error:.2f}% validation, {test_error:.2f}% test, {active_blocks:.2f} active blocks,"
             " {images_per_second:.0f} images/s, {seconds:.1f} s".format(**metrics)
         )
 
-    def checkpoint(self, best: nn.Module | None = None) -> None:
-        """Save the current state of the run; `best` is the network if it has the best weights so far.
-
-        Raises UserError if the loss or a weight is no longer finite.
-        """
+    def checkpoint(self) -> None:
+        """Save the current state within an epoch. Raises UserError if the loss or a weight is no longer finite."""
         self.progress.sums = self.accelerator.gather(self.sums.unsqueeze(0)).tolist()
         self.check_finite(sum(map(sum, self.progress.sums)))
-        self.save(self.progress, best)
+        self.save()
 
-    def save(self, progress: Progress, best: nn.Module | None) -> None:
-        """Write a checkpoint."""
-        on_main_process(lambda: self.folder.save(self.accelerator, progress, self.options.keep_checkpoints, best))
+    def save(self, best: nn.Module | None = None) -> None:
+        """Write a checkpoint; `best` is the network if it has the best weights so far."""
+        keep = self.options.keep_checkpoints
+        on_main_process(lambda: self.folder.save(self.accelerator, self.progress, keep, best))
 
     def check_finite(self, total: float) -> None:
         """Raise UserError if the run has diverged, in the `total` of its sums, its weights or running statistics."""

@@ -64,6 +64,7 @@ def check_kernels(batches: Sequence[int], dtype: torch.dtype, device: torch.devi
             nn.init.normal_(module.bias, std=0.3)
             nn.init.uniform_(module.running_mean)
             nn.init.uniform_(module.running_var, 0.5, 2)
+            module.running_var[0] = 1e-4  # where epsilon counts
     engine, optimizer = Engine(network, WEIGHT_DECAY, batches, dtype), make_optimizer(network)
     kinds = {}  # the first block of each kind
     for index, block in enumerate(engine.blocks):
@@ -149,20 +150,25 @@ def block_errors(engine: Engine, index: int, module: StochasticDepth, images: in
     ours = to_images(inside(block.out)[:images]).clone()
     launches.backward[len(engine.blocks) - 1 - index]()
     dx = to_images(block.dx[: x.numel() // x.shape[-1]].view(x.shape))
-    (dw1,), (dw2,) = (gradients(layer.weight, images) for layer in (block.first, block.second))
-    affine = [*gradients(block.first.affine, images), *gradients(block.second.affine, images)]
-    norms = branch.bn1, branch.bn2
-    return dict(
-        out=relative(ours, out),
-        dx=relative(dx, leaf.grad),
-        dw1=relative(dw1, branch.conv1.weight.grad),
-        dw2=relative(dw2, branch.conv2.weight.grad),
-        daffine=relative(flat(affine), flat([p.grad for bn in norms for p in (bn.weight, bn.bias)])),
-        running=relative(
-            flat([block.first.running, block.second.running]),
-            flat([t for bn in norms for t in (bn.running_mean, bn.running_var)]),
-        ),
-    )
+    errors = dict(out=relative(ours, out), dx=relative(dx, leaf.grad))
+    layers = (block.first, branch.conv1, branch.bn1), (block.second, branch.conv2, branch.bn2)
+    for number, (layer, conv, bn) in enumerate(layers, start=1):
+        (dw,), (dscale, dshift) = gradients(layer.weight, images), gradients(layer.affine, images)
+        errors |= {
+            f"dw{number}": relative(dw, conv.weight.grad),
+            f"dscale{number}": relative(dscale, bn.weight.grad),
+            f"dshift{number}": relative(dshift, bn.bias.grad),
+            f"mean{number}": relative(layer.running[0], bn.running_mean),
+            f"variance{number}": relative(layer.running[1], bn.running_var),
+        }
+    return errors | dict(border=max(map(on_border, (block.hidden, block.out, block.group.dy))))
+
+
+def on_border(x: Tensor) -> float:
+    """The largest number on the border of a tensor, which must be zero."""
+    x = x.clone()
+    inside(x).zero_()
+    return x.abs().max().item()
 
 
 def stem_errors(engine: Engine, network: nn.Module, images: int, dtype: torch.dtype) -> Errors:
