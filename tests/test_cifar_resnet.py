@@ -11,10 +11,11 @@ from timm.data import resolve_model_data_config
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.flop_counter import FlopCounterMode
 
 import timm_sd
-from timm_sd import gates
+from timm_sd import gates, survival_probabilities
 from timm_sd.stochastic_depth import stochastic_blocks
 
 NAMES = [f"cifar_resnet{depth}{suffix}" for depth in (20, 32, 44, 56, 110, 152, 1202) for suffix in ("", "_sd")]
@@ -145,8 +146,9 @@ def test_untrained_1202_layers_do_not_overflow():
 
 def test_init_weights_restores_everything():
     network = create(device="meta").to_empty(device="cpu")
-    for tensor in [*network.parameters(), *network.buffers()]:
-        tensor.data.fill_(77)
+    for name, tensor in [*network.named_parameters(), *network.named_buffers()]:
+        if not name.endswith("survival"):  # not a weight: it is there as soon as there is memory
+            tensor.data.fill_(77)
     network.init_weights()
     fresh = create()
     torch.manual_seed(0)
@@ -338,13 +340,64 @@ def test_copies():
         assert repr(other) == repr(network)
 
 
-def test_moving_average():
+@pytest.mark.parametrize(
+    ("make", "decay"),
+    [
+        (lambda network: ModelEmaV3(network, decay=0.9), 0.9),
+        (lambda network: ModelEmaV3(network, decay=0.9, foreach=False), 0.9),
+        (lambda network: AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True), 0.9),
+        (lambda network: AveragedModel(network), 0.0),  # which copies buffers
+    ],
+)
+def test_moving_average(make, decay):
+    """It averages the probabilities, too, and evaluates and trains with their average."""
     network = create()
-    average = ModelEmaV3(network, decay=0.9)
+    average = make(network)
+    update = average.update_parameters if isinstance(average, AveragedModel) else average.update
+    average.eval()
     before = average.module.conv1.weight.detach().clone()
+    update(network)  # AveragedModel's first is a copy
     with torch.no_grad():
         network.conv1.weight += 1
-    average.update(network)
-    torch.testing.assert_close(average.module.conv1.weight, before + 0.1)
+    own = [gate.survival for gate in gates(network)]
+    for gate in gates(network):
+        gate.survival = 1.0
+    update(network)
+    torch.testing.assert_close(average.module.conv1.weight, before + (0.5 if decay == 0 else 1 - decay))
+    expected = [1 - decay * (1 - p) for p in own]
     state = average.module.state_dict()
-    assert [state[key] for key in state if key.endswith("survival")] == [gate.survival for gate in gates(network)]
+    assert [state[key].item() for key in state if key.endswith("survival")] == pytest.approx(expected)
+    assert [gate.survival for gate in gates(average)] == pytest.approx(expected)
+
+    plain = create(drop_path_rate=0.0).eval()
+    for block, p in zip(stochastic_blocks(plain), expected, strict=True):
+        block.branch.bn2.weight.data *= p
+        block.branch.bn2.bias.data *= p
+    for name, value in state.items():
+        if not name.endswith(("survival", "branch.bn2.weight", "branch.bn2.bias")):
+            plain.state_dict()[name].copy_(value)
+    torch.testing.assert_close(average.module(images()), plain(images()))
+
+    average.module.train()
+    assert [gate.survival for gate in gates(average)] == pytest.approx(expected)
+    for other in (copy.deepcopy(average.module), average.module.bfloat16().float()):
+        assert [block.survival.item() for block in stochastic_blocks(other)] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("to", [nn.Module.half, nn.Module.bfloat16, nn.Module.double])
+def test_probabilities_are_exact_in_every_precision(to):
+    network = to(create()).eval()
+    own = survival_probabilities(9, 0.5)
+    assert [gate.survival for gate in gates(network)] == own
+    assert [block.survival.item() for block in stochastic_blocks(network)] == pytest.approx(own, rel=1e-7)
+    assert [gate.survival for gate in gates(network.float().train())] == own
+
+
+def test_without_memory():
+    network = create(device="meta").eval()
+    assert [gate.survival for gate in gates(network)] == survival_probabilities(9, 0.5)
+    weights = create(drop_path_rate=0.2).eval()
+    for other, assign in ((copy.deepcopy(network).to_empty(device="cpu"), False), (network, True)):
+        other.load_state_dict(weights.state_dict(), assign=assign)
+        torch.testing.assert_close(other(images()), weights(images()))
+        assert [gate.survival for gate in gates(other)] == survival_probabilities(9, 0.5)

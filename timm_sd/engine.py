@@ -247,7 +247,7 @@ class Block:
     def __init__(self, block: StochasticDepth, size: int, gate: int, most: int, dtype: torch.dtype) -> None:
         """`size` is the number of pixels on each side of the output."""
         branch = block.branch
-        self.survival = block.survival
+        self.survival = block.gate.survival
         self.first = Layer(branch.conv1, branch.bn1, size, gate, most, dtype)
         self.second = Layer(branch.conv2, branch.bn2, size, gate, most, dtype)
         self.stride = self.first.stride

@@ -14,6 +14,7 @@ Nothing here is specific to a network: `StochasticDepth` is a single block, buil
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -51,7 +52,36 @@ def survival_probabilities(num_blocks: int, final: float, schedule: str | Sequen
 
 
 class BranchGate(Gate):
-    """The gate of a residual block, which computes the branch only for the samples whose gate is open."""
+    """The gate of a residual block, which computes the branch only for the samples whose gate is open.
+
+    Setting its survival probability sets the block's, too. In evaluation, it is the block's, since a moving average of
+    a network's state dict averages that; `train()` takes it over. In training, nothing waits for a device to read it.
+    """
+
+    __jit_unused_properties__ = ("survival",)
+
+    def __init__(self, block: "StochasticDepth", survival: float, mode: str) -> None:
+        self.__dict__["block"] = block  # not a submodule: it is the parent
+        super().__init__(survival, mode)
+
+    @property
+    def survival(self) -> float:
+        if not self.training and not self.block.survival.is_meta:
+            averaged = self.block.survival.item()
+            if averaged != np.float32(self.probability):
+                return averaged
+        return self.probability
+
+    @survival.setter
+    def survival(self, probability: float) -> None:
+        self.probability = probability
+        self.block.survival.fill_(probability)
+
+    def train(self, mode: bool = True) -> "BranchGate":
+        """Enter training or evaluation."""
+        if mode and not self.training:
+            self.probability = self.survival
+        return super().train(mode)
 
     @torch.jit.unused
     def forward(
@@ -104,8 +134,6 @@ class StochasticDepth(nn.Module):
     The output of a dropped block may be its input: do not modify it in place. TorchScript is for inference only.
     """
 
-    __jit_unused_properties__ = ("survival",)
-
     def __init__(
         self,
         branch: nn.Sequential,
@@ -133,12 +161,9 @@ class StochasticDepth(nn.Module):
         self.branch = branch
         self.shortcut = shortcut
         self.activation = activation
-        self.gate = BranchGate(survival, mode)
-
-    @property
-    def survival(self) -> float:
-        """The gate's p_b. (Distributed checkpointing looks up entries of the state dict as attributes.)"""
-        return self.gate.survival
+        device = next((parameter.device for parameter in branch.parameters()), None)
+        self.register_buffer("survival", torch.ones((), dtype=torch.float32, device=device))
+        self.gate = BranchGate(self, survival, mode)
 
     def forward(self, x: Tensor) -> Tensor:
         """H_{b-1} of shape (B, ...) to H_b."""
@@ -146,21 +171,23 @@ class StochasticDepth(nn.Module):
             return self.gate(
                 partial(_call, self.branch), self.shortcut(x), x, self.branch.parameters(), self.activation
             )
-        if self.training and self.gate.survival < 1:
+        if self.training and self.survival < 1:
             raise RuntimeError("TorchScript cannot train with stochastic depth: call eval(), or use torch.compile")
-        return self.activation(torch.add(self.shortcut(x), self.branch(x), alpha=self.gate.survival))
+        f = self.branch(x)
+        return self.activation(torch.addcmul(self.shortcut(x), f, self.survival.to(f.dtype)))
 
-    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "survival"] = torch.tensor(self.gate.survival, dtype=torch.float32, device="cpu")
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "StochasticDepth":
+        # The probability stays exact in half precision, and stays at all if a device gets memory with nothing in it.
+        survival = self.gate.survival
+        super()._apply(fn, recurse)
+        self.survival = self.survival.float().fill_(survival)
+        return self
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Tensor], prefix: str, metadata: dict, strict: bool, missing_keys: list[str], *args
     ) -> None:
-        trained = state_dict.pop(prefix + "survival", None)
-        if trained is None:
-            missing_keys.append(prefix + "survival")
-        else:
+        trained = state_dict.get(prefix + "survival")
+        if trained is not None:
             # Half-precision checkpoints hold rounded probabilities, which are equal to ours if ours round to them.
             trained = trained.cpu()
             if not trained.is_floating_point() or trained.numel() != 1 or not 0 < trained.item() <= 1:
@@ -172,6 +199,7 @@ class StochasticDepth(nn.Module):
                     key = f"{prefix}branch.{last}.{name}"
                     if key in state_dict:
                         state_dict[key] = state_dict[key] * (trained / own).item()
+            state_dict[prefix + "survival"] = own
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, *args)
 
 

@@ -127,8 +127,7 @@ class Run:
         network = create_network(options)
         # What is evaluated and saved: the network, or its moving average, without anything that training adds to it.
         if options.ema_decay:
-            # One tensor at a time, since the state dict's entries `survival` are on the CPU.
-            self.average = ModelEmaV3(network, options.ema_decay, foreach=False).to(accelerator.device)
+            self.average = ModelEmaV3(network, options.ema_decay).to(accelerator.device)
             self.plain = self.average.module
         else:
             self.average = None
