@@ -1,8 +1,10 @@
 """`python -m timm_sd` runs a script as Python does, but registers the networks and, if asked, converts models."""
 
+import itertools
 import json
 import subprocess
 import sys
+from itertools import chain
 
 import pytest
 import timm
@@ -11,6 +13,7 @@ from timm.models import _factory
 
 import timm_sd
 from timm_sd.__main__ import main
+from timm_sd.skip import benchmark
 
 
 @pytest.fixture
@@ -212,3 +215,79 @@ def test_an_unknown_mode_is_reported_in_one_line(run, capsys):
     with pytest.raises(SystemExit, match="2"):
         run("", "--skip-drop-path", "sample")
     assert capsys.readouterr().err.startswith("python -m timm_sd: argument --skip-drop-path: invalid choice: 'sample'")
+
+
+@pytest.fixture
+def timed(monkeypatch, capsys):
+    """Run --benchmark with a clock by which steps of the four kinds take what they are said to, in turns."""
+
+    def timed(model, seconds, *flags):
+        moments = itertools.accumulate(chain([0.0], itertools.cycle(chain.from_iterable((s, 0.0) for s in seconds))))
+        monkeypatch.setattr(benchmark, "SECONDS", 0)
+        monkeypatch.setattr(benchmark, "now", lambda: next(moments))
+        monkeypatch.setattr(sys, "argv", ["__main__.py", "--benchmark", model, *flags])
+        main()
+        return capsys.readouterr().out.splitlines()
+
+    return timed
+
+
+FLAGS = "--drop-path", "0.5", "--batch-size", "4", "--img-size", "64"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "ratios", "advice"),
+    [
+        ((0.2, 0.1, 0.1, 0.15), (0.5, 0.5, 0.75), '"row"): a step takes 0.50 of the time'),
+        ((0.2, 0.15, 0.1, 0.15), (0.75, 0.5, 0.75), '"count"): a step takes 0.50 of the time'),
+        ((0.2, 0.2, 0.3, 0.25), (1, 1.5, 1.25), "keep DropPath"),
+    ],
+)
+def test_benchmark(timed, seconds, ratios, advice):
+    about, _, *rows, last = timed("convnext_atto", seconds, *FLAGS)
+    assert about.startswith("convnext_atto, drop path rate 0.5, batch size 4, 64x64 pixels, float32 on cpu")
+    kinds, times, found = zip(*(row.split()[:3] for row in rows), strict=True)
+    assert kinds == ("DropPath", "row", "count", "batch")
+    assert tuple(map(float, times)) == tuple(1000 * each for each in seconds)
+    assert tuple(map(float, found)) == (1, *ratios)
+    assert last.endswith(advice)
+    skipped = [row.split()[-1] for row in rows]
+    # Rates rise from 0 to 0.5 over 12 blocks: of 4 samples, "count" drops 0 in two blocks, 1 in six and 2 in three.
+    assert (skipped[0], skipped[2]) == ("0.0%", f"{12 / 44:.1%}")
+
+
+def test_the_interval_is_that_of_paired_differences():
+    base, times = [1.0, 2.0, 3.0], [0.5, 1.0, 1.5]
+    assert benchmark.paired_ratio(times, base) == (0.5, 0.0)
+    ratio, interval = benchmark.paired_ratio([1.0, 1.0, 1.0], base)
+    assert ratio == 0.5
+    assert interval == pytest.approx(1.96 * 0.5 / 2 / 3**0.5)  # of 0.5, 0 and -0.5, relative to a mean of 2
+
+
+def test_memory_kept_for_the_backward_pass():
+    weight, x = torch.ones(4, 4, requires_grad=True), torch.ones(8, 4)
+    # The product keeps x and nothing for itself; the exponential keeps its result.
+    assert benchmark.saved_bytes(lambda: (x @ weight).exp().sum().backward()) == 4 * (8 * 4 + 8 * 4)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["no_such_model"], "no_such_model with drop path rate 0.1: Unknown model"),
+        (["vgg11"], r"vgg11 with drop path rate 0.1: .*drop_path_rate"),
+        (["test_vit", "--drop-path", "0"], "test_vit: nothing is skipped: the model has no drop path"),
+        (["test_vit", "--drop-path", "2"], "test_vit: a drop path has probability 1.*in \\[0, 1\\]"),
+        (["test_convnext", "--batch-size", "2", "--img-size", "8"], "images of 2x3x8x8: "),
+    ],
+)
+def test_what_cannot_be_benchmarked(monkeypatch, args, message):
+    monkeypatch.setattr(sys, "argv", ["__main__.py", "--benchmark", *args])
+    with pytest.raises(SystemExit, match=f"^python -m timm_sd: {message}"):
+        main()
+
+
+def test_benchmark_of_a_model_with_batch_normalization(timed):
+    *_, row, count, advice = timed("resnet18", (0.2, 0.1), *FLAGS)
+    assert row.startswith('mode "row" is refused: layer1.1 has a BatchNorm2d')
+    assert count.startswith('mode "count" is refused: layer1.1 has a BatchNorm2d')
+    assert advice.startswith('use timm_sd.skip_drop_path(model, "batch")')

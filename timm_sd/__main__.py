@@ -3,6 +3,9 @@
 With --skip-drop-path, models that the script creates with timm.create_model do not compute, in training, what their
 drop paths drop. One line says what is skipped when a model is created, and a few say how much that has saved when the
 script ends. The mode is recorded in `timm_sd.json`, next to the `args.yaml` of timm's scripts.
+
+`python -m timm_sd --benchmark MODEL [--drop-path RATE] [--batch-size N] [--img-size PIXELS] [--amp]` times each mode
+for a timm model on this machine, in about a minute, and says which to use.
 """
 
 import argparse
@@ -21,10 +24,11 @@ from timm.models import _factory
 from torch import nn
 
 from . import __version__
-from .command_line import Parser, one_line_errors
+from .command_line import Parser, one_line_errors, say
 from .errors import UserError
 from .files import write_json
 from .gate import MODES, draw_gates, gates
+from .skip.benchmark import benchmark
 from .skip.convert import skip_drop_path
 from .skip.summary import Summary
 
@@ -130,6 +134,11 @@ def run(script: str, args: list[str]) -> None:
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["--benchmark"]:
+        with one_line_errors(PROG):
+            for line in benchmark(sys.argv[2:]):
+                say(line)
+        return
     args = parse_args()
     with one_line_errors(PROG):
         if not os.path.isfile(args.script):

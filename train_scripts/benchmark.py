@@ -21,7 +21,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from benchmark_timm import NONE, Measured, now, perfect_seconds
+from benchmark_timm import NONE, Measured, perfect_seconds
 from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -35,6 +35,7 @@ from timm_sd.command_line import Parser, one_line_errors, path, say
 from timm_sd.files import writing
 from timm_sd.options import Options
 from timm_sd.run_folder import RunFolder
+from timm_sd.skip.benchmark import now
 from timm_sd.stochastic_depth import stochastic_blocks
 from timm_sd.training import Run
 

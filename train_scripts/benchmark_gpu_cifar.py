@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 from accelerate import Accelerator
-from benchmark_timm import Step, now
+from benchmark_timm import Step
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
@@ -20,6 +20,7 @@ from timm_sd.errors import UserError
 from timm_sd.fused import FusedRun, fill
 from timm_sd.options import Options
 from timm_sd.run_folder import RunFolder
+from timm_sd.skip.benchmark import now
 from timm_sd.training import Run
 
 EAGER, CUDA_GRAPHS, FUSED = KINDS = ("eager", "cuda_graphs", "fused")

@@ -23,7 +23,6 @@ from benchmark_timm import (
     convert,
     dropped,
     make_pass,
-    now,
     perfect_seconds,
     sgd,
     training_step,
@@ -32,6 +31,7 @@ from timm.layers import DropPath
 from torch import nn
 
 from timm_sd import gates
+from timm_sd.skip.benchmark import now
 
 CLOCKED = "clocked"  # drops nothing, and notes the seconds of each branch
 KINDS = (NONE, DROP_PATH, CLOCKED, "row", "count", DINOV2, "batch")  # the most important first, should time run out

@@ -9,7 +9,6 @@ All kinds of step use the same model with the same probabilities:
 """
 
 import statistics
-import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -28,10 +27,11 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 from timm_sd import draw_gates, gates, skip_drop_path, use_gates
 from timm_sd.errors import UserError
 from timm_sd.gate import MODES
+from timm_sd.skip.benchmark import DROP_PATH, paired_ratio
 
 MODELS = ("vit_small_patch16_224", "swin_tiny_patch4_window7_224", "convnext_tiny", "resnet50")
 RATES = (0.1, 0.4)
-NONE, DROP_PATH, DINOV2 = "no drop path", "DropPath", "DINOv2's form"
+NONE, DINOV2 = "no drop path", "DINOv2's form"
 COLORS = {DROP_PATH: "0.72", "row": "#0072B2", "count": "#009E73", "batch": "#E69F00"}  # Okabe and Ito's
 Step = Callable[[int], None]
 
@@ -51,9 +51,7 @@ class Measured(NamedTuple):
 
     def ratio(self, base: "Measured") -> tuple[float, float]:
         """The time relative to another kind of step's, and half of its 95% interval, from steps that took turns."""
-        ratio = self.seconds / base.seconds
-        errors = [ours - ratio * theirs for ours, theirs in zip(self.times, base.times, strict=True)]
-        return ratio, 1.96 * statistics.stdev(errors) / base.seconds / len(errors) ** 0.5
+        return paired_ratio(self.times, base.times)
 
 
 class DinoV2Block(nn.Module):
@@ -85,13 +83,6 @@ class DinoV2Block(nn.Module):
         rows = torch.randperm(len(x), device=x.device)[: self.kept(len(x), rate)]
         residual = branch(x[rows]).flatten(1).to(x.dtype)
         return x.flatten(1).index_add(0, rows, residual, alpha=len(x) / len(rows)).view_as(x)
-
-
-def now() -> float:
-    """The time in seconds, once the device has finished its work."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def perfect_seconds(constant: float, parts: list[float], dropped: list[float]) -> float:

@@ -15,7 +15,7 @@ from torch import fx, nn
 from ..gate import MODES, check_choice, gates
 from .branches import children
 from .drop_path_gate import gate_name
-from .drop_paths import kind_of, looks_like_drop_path
+from .drop_paths import drop_probability, kind_of, looks_like_drop_path
 from .example import BlockCall, block_calls
 from .hooks import install, uninstall
 from .plan import Plan
@@ -54,9 +54,9 @@ def skip_drop_path(
         The same model.
 
     Raises:
-        ValueError: An unknown mode; an example that the model does not run on, or none to be had; batch normalization
-            in a branch in mode "row" or "count"; with `strict`, no drop path, or one that cannot be skipped. The model
-            is then unchanged.
+        ValueError: An unknown mode; a drop probability outside [0, 1]; an example that the model does not run on, or
+            none to be had; batch normalization in a branch in mode "row" or "count"; with `strict`, no drop path, or
+            one that cannot be skipped. The model is then unchanged.
     """
     check_choice("mode", mode, ("auto", *MODES))
     if any(parameter.is_meta for parameter in model.parameters()):
@@ -67,6 +67,9 @@ def skip_drop_path(
     except Exception as error:
         raise ValueError(f"the model cannot be copied ({error}): convert it before it is trained or sharded") from error
     kinds = {module: kind for module in probe.modules() if (kind := kind_of(module))}
+    for module, kind in kinds.items():
+        if not 0 <= (rate := drop_probability(module, kind)) <= 1:
+            raise ValueError(f"a drop path has probability {rate:g}, but it must lie in [0, 1]")
     if not kinds and gates(model):
         return _set_mode(model, mode, allow_batch_norm)
     blocks = {}
