@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map
 
 Calls = dict[tuple[str, int], dict[int, int]]
 """Calls of children, by name and number from 0, each with some of its arguments: rows per sample, by position."""
@@ -54,8 +54,15 @@ def children(block: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Modul
             yield prefix + name, child
 
 
+def flatten(args: tuple, kwargs: dict) -> tuple[list, TreeSpec | None]:
+    """The arguments of a call in a list, and their structure; None for tensors by position, the usual case, is fast."""
+    if not kwargs and all(isinstance(x, Tensor) for x in args):
+        return list(args), None
+    return tree_flatten((args, kwargs))
+
+
 def tensors(*values: object) -> list[Tensor]:
-    return [x for x in tree_leaves(values) if isinstance(x, Tensor)]
+    return [x for x in flatten(values, {})[0] if isinstance(x, Tensor)]
 
 
 def observe(block: nn.Module, drop_paths: Collection[str], args: tuple, kwargs: dict) -> Observed:

@@ -11,8 +11,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_map, tree_unflatten
 
+from .branches import flatten
 from .drop_path_gate import DropPathGate, gate_name
 from .drop_paths import Kind
 from .plan import BLOCK, Branch, Plan, kind_of_call
@@ -32,14 +33,14 @@ class Skipping:
     def __init__(self, block: nn.Module, plans: dict[object, Plan]) -> None:
         self.block, self.plans = block, plans
         branches = [branch for plan in plans.values() for branch in plan.branches]
-        self.calls = dict.fromkeys(branch.end for branch in branches)
+        self.calls = {b.end: (*b.drop_path.split("."), gate_name(b.end[1])) for b in branches}
         self.in_full = Plan(tuple(Branch(call, entries={}) for call in self.calls), ())
         self.empty_on = {name: branch.empty_on for branch in branches for name in branch.norms}
 
     def new_pass(self, args: tuple, kwargs: dict) -> Pass:
         """A pass of the block."""
         gates = self.gates()
-        if not any(gate is not None and gate.can_close() for gate in gates.values()) or _in_vmap():
+        if not gates or _in_vmap():
             return Pass(Plan((), ()), {}, [])
         kind, values = kind_of_call(args, kwargs)
         plan = self.plans.get(kind)
@@ -48,9 +49,16 @@ class Skipping:
             plan = self.in_full
         return Pass(plan, gates, values)
 
-    def gates(self) -> dict[tuple[str, int], DropPathGate | None]:
-        """The gate of each call of a drop path, None if it has been replaced."""
-        return {call: getattr(self.block.get_submodule(call[0]), gate_name(call[1]), None) for call in self.calls}
+    def gates(self) -> dict[tuple[str, int], DropPathGate]:
+        """The gate of each call of a drop path that can be closed now and has not been replaced."""
+        found = {}
+        for call, path in self.calls.items():
+            gate = self.block
+            for name in path:
+                gate = getattr(gate, name, None)
+            if gate is not None and gate.can_close():
+                found[call] = gate
+        return found
 
     def current(self, name: str) -> Pass | None:
         """The pass in which a child is called, None if it is called from outside of the block."""
@@ -141,9 +149,9 @@ def enter(child: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | N
     current, index, call = called(child)
     if index is None:
         return None
-    values, structure = tree_flatten((args, kwargs))
+    values, structure = flatten(args, kwargs)
     current.take(index, call, values)
-    return tree_unflatten(values, structure)
+    return (tuple(values), kwargs) if structure is None else tree_unflatten(values, structure)
 
 
 def give_back(child: nn.Module, args: tuple, output: object) -> object:

@@ -5,9 +5,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
 
-from .branches import Calls
+from .branches import Calls, flatten
 
 BLOCK = "", 0  # the call of the block itself, where its whole forward method is a branch
 
@@ -65,7 +64,7 @@ def kind_of_call(args: tuple, kwargs: dict) -> tuple[object, list[Tensor]]:
     That is the structure of the arguments, the dimensions of tensors, and other values; numbers are free, except that
     rows of one frame or window each are not those of several.
     """
-    values, structure = tree_flatten((args, kwargs))
+    values, structure = flatten(args, kwargs)
     kept = (bool, str, enum.Enum, type(None))
     kinds = (
         x.ndim if isinstance(x, Tensor) else x if isinstance(x, kept) else (type(x), type(x) is int and x == 1)

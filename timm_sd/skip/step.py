@@ -51,13 +51,11 @@ class Open(NamedTuple):
 class Pass:
     """One pass of a block: how often its children have been called, and the branches that have begun."""
 
-    def __init__(
-        self, plan: Plan, gates: dict[tuple[str, int], DropPathGate | None], inputs: list[Tensor] | None
-    ) -> None:
+    def __init__(self, plan: Plan, gates: dict[tuple[str, int], DropPathGate], inputs: list[Tensor] | None) -> None:
         """
         Args:
             plan: The plan to follow.
-            gates: The gate of each call of a drop path, None if it has been replaced.
+            gates: The gate of each call of a drop path that can be closed.
             inputs: The tensors that the block is called with, None if only a part of it is computed again.
         """
         self.branches, self.gates, self.inputs, self.part = plan.branches, gates, inputs or [], inputs is None
@@ -70,8 +68,7 @@ class Pass:
         """The index of the branch that begins or ends with this call; None if it cannot be skipped now."""
         for index, branch in enumerate(self.branches):
             if call in branch.entries or call == branch.end:
-                gate = self.gates[branch.end]
-                return index if gate is not None and gate.can_close() else None
+                return index if branch.end in self.gates else None
         return None
 
     def begin(self, index: int, x: Tensor, size: int) -> Open:
