@@ -539,7 +539,7 @@ def test_the_number_of_training_images(made_up):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({}, "accelerate launch train_scripts/train.py"),
+        ({}, "python train_scripts/train.py"),
         (
             dict(processes=2, dynamo_backend="INDUCTOR"),
             "ACCELERATE_USE_CPU=1 accelerate launch --multi_gpu --num_processes 2 --mixed_precision bf16"

@@ -91,9 +91,6 @@ def test_publish_is_one_commit_of_the_whole_folder(publish, hub, run, tmp_path):
     assert set(folder) == FILES
     assert {path: hub.files(REPO)[path] for path in folder} == folder
     assert f"{hub.url}/{REPO}/commit/{hub.resolve(REPO)[0]}" in out
-    assert content_of(tmp_path / "model_cards" / "small-sd") == {
-        path: content for path, content in folder.items() if path != "model.safetensors"
-    }
     assert folder["model.safetensors"] == (run / "model.safetensors").read_bytes()
     assert folder["metrics.jsonl"] == (run / "metrics.jsonl").read_bytes()
     assert [line for line in hub.requests if line.endswith("/commit/main")] == [f"POST /api/models/{REPO}/commit/main"]
@@ -115,6 +112,7 @@ def test_load_in_a_fresh_cache(publish, hub, run, tmp_path):
     assert torch.equal(logits_of(network), logits_of_run(run))
     assert [gate.survival for gate in gates(network)] == pytest.approx([1 - b / 9 * 0.4 for b in range(1, 10)])
     assert network.pretrained_cfg["label_names"][0] == "disc"
+    assert "airplane" not in (run / "hub" / "config.json").read_text()
     assert {line.split("/")[-1] for line in hub.requests} == {"config.json", "model.safetensors"}
 
 
@@ -247,7 +245,6 @@ def test_an_error_during_the_upload_and_a_retry(publish, hub, request_, tmp_path
     )
     assert err.count("\n") == 1
     assert hub.commits(REPO) == ["initial commit"]
-    assert not (tmp_path / "model_cards").exists()
     assert publish()[0] == 0
     assert len(hub.commits(REPO)) == 2
     assert set(hub.files(REPO)) == FILES | {".gitattributes"}
@@ -334,20 +331,15 @@ def test_a_pickle_is_not_loaded(publish, hub, tmp_path):
     assert not [line for line in hub.requests if "pytorch_model" in line]
 
 
-def test_dry_run(publish, hub, run, tmp_path):
-    status, out, _ = publish("--dry-run")
+def test_without_a_repository(command, hub, run, tmp_path):
+    before = set(tmp_path.iterdir())
+    status, out, _ = command("publish", "--run", run)
     assert status == 0
     assert set(content_of(run / "hub")) == FILES
     for path, content in content_of(run / "hub").items():
         assert re.search(rf"{len(content):,} bytes  .*hub/{re.escape(path)}\n", out)
     assert hub.requests == []
-    assert not (tmp_path / "model_cards").exists()
-
-
-def test_without_a_repository(command, hub, run, tmp_path):
-    assert command("publish", "--run", run)[0] == 0
-    assert hub.requests == []
-    assert set(content_of(tmp_path / "model_cards" / "cifar_resnet20_sd.e2_synthetic")) == FILES - {"model.safetensors"}
+    assert set(tmp_path.iterdir()) == before, "it has written elsewhere"
 
 
 def test_timms_old_cache_is_not_used(hub, tmp_path, monkeypatch):
@@ -367,7 +359,7 @@ def test_any_probability_can_be_published(command, few_images, tmp_path, monkeyp
     training.train(
         Options("cifar_resnet20", "synthetic", epochs=1, batch_size=32, drop_path=drop_path, output=tmp_path / "run")
     )
-    assert command("publish", "--run", "run", "--dry-run")[0] == 0
+    assert command("publish", "--run", "run")[0] == 0
     network = timm.create_model(f"local-dir:{tmp_path / 'run' / 'hub'}", pretrained=True)
     assert gates(network)[-1].survival == 1 - drop_path
 
@@ -381,9 +373,8 @@ def test_given_probabilities_regularizers_and_any_depth_are_published(
     options = dict(drop_path_schedule=survival, output=tmp_path / "run", **REGULARIZERS)
     training.train(Options("cifar_resnet26", "synthetic", epochs=1, batch_size=32, **options))
     assert command("publish", "--run", "run")[0] == 0
-    (card,) = (tmp_path / "model_cards").iterdir()
-    assert card.name == ("cifar_resnet26.e1_label-smoothing_random-erasing_mixup_cutmix_dropout_ema-decay_synthetic")
-    text = (card / "README.md").read_text()
+    text = (tmp_path / "run" / "hub" / "README.md").read_text()
+    assert "\n# cifar_resnet26.e1_label-smoothing_random-erasing_mixup_cutmix_dropout_ema-decay_synthetic\n" in text
     assert "\ntimm_sd.register_depth(26)\n" in text
     assert "label smoothing 0.1 (paper: none); random erasing 0.5 (paper: none); mixup 0.4 (paper: none);" in text
     assert "the weights are those of the moving average with the best validation error" in text
@@ -487,7 +478,6 @@ def test_a_run_that_cannot_be_published(publish, hub, run, tmp_path, break_, mes
     assert re.fullmatch(f"publish.py: .*{message}\n", err), err
     assert hub.requests == []
     assert not [path for path in run.iterdir() if path.name.startswith("hub")]
-    assert not (tmp_path / "model_cards").exists()
 
 
 def test_a_full_disk_leaves_what_was_there(publish, hub, run):
@@ -530,14 +520,6 @@ def test_the_folder_is_locked_until_it_is_uploaded(publish, hub, run, monkeypatc
 
     monkeypatch.setattr("timm_sd.hub.upload", upload)
     assert publish()[0] == 0
-
-
-def test_a_card_that_cannot_be_written(publish, hub, tmp_path):
-    (tmp_path / "model_cards").write_text("a file")
-    status, _, err = publish()
-    assert status == 1
-    assert re.fullmatch(r"publish.py: cannot write to model_cards/small-sd \(.*\): copy .*hub there.*\n", err)
-    assert len(hub.commits(REPO)) == 2
 
 
 @pytest.mark.parametrize("token", ["hf_\x0bsecret", "hf_s\u00e4cret", "hf secret"])
@@ -594,7 +576,7 @@ def test_the_card_agrees_with_the_run(publish, hub, run, tmp_path):
     publish()
     history = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     best = min(history, key=lambda line: line["validation_error"])
-    card = ModelCard.load(tmp_path / "model_cards" / "small-sd" / "README.md")
+    card = ModelCard.load(run / "hub" / "README.md")
     metadata = card.data.to_dict()
     assert (metadata["library_name"], metadata["license"]) == ("timm", "apache-2.0")
     assert {result.metric_type: result.metric_value for result in card.data.eval_results} == {
@@ -615,10 +597,11 @@ def test_the_card_agrees_with_the_run(publish, hub, run, tmp_path):
         " synthetic shapes (paper: CIFAR). Its errors show what 2 epochs give, not what 500 would.\n" in text
     )
     assert f'timm.create_model("hf-hub:{REPO}", pretrained=True)' in text
+    assert "In a checkout of timm-sd" in text
     assert "which each block stores in the state dict, as in `stages.0.0.survival`." in text
     assert '\nplain = timm.create_model("cifar_resnet20", num_classes=10)\nplain.load_state_dict(' in text
     assert (
-        "accelerate launch train_scripts/train.py --model cifar_resnet20_sd --dataset synthetic --epochs 2"
+        "python train_scripts/train.py --model cifar_resnet20_sd --dataset synthetic --epochs 2"
         " --batch-size 32 --drop-path 0.4\n" in text
     )
     seconds = round(sum(line["seconds"] for line in history))
@@ -645,7 +628,8 @@ def test_the_card_of_the_papers_protocol(command, run, tmp_path):
         in card.text
     )
     assert card.data.datasets == ["uoft-cs/cifar10"]
-    assert "accelerate launch train_scripts/train.py --model cifar_resnet20_sd\n" in card.text
+    assert "With the data in `data/` (or `--download`), in a checkout of timm-sd" in card.text
+    assert "python train_scripts/train.py --model cifar_resnet20_sd\n" in card.text
 
 
 def test_a_published_folder_is_also_a_runs_folder(publish, run):
@@ -666,4 +650,4 @@ def test_help(command):
     status, out, _ = command("publish", "--help")
     assert status == 0
     assert out.startswith("usage: publish.py ")
-    assert "--dry-run" in out
+    assert "--repo-id" in out

@@ -18,7 +18,7 @@ from .files import sha256, write_json, writing
 from .labels import SYNTHETIC_LABELS
 from .model_card import model_card
 from .options import BOUND_OPTIONS
-from .pretrained import WEIGHTS_FILE, load_weights
+from .pretrained import load_weights
 from .record import Record
 from .run_folder import RunFolder, read_summary, write_metrics
 from .training import create_network
@@ -47,7 +47,8 @@ def make_folder(run: Path, name: str, address: str | None = None) -> Path:
         rate = options.drop_path
     else:
         rate = 0.0 if record.schedule == "given" else 1 - record.survival[-1]
-    labels = {"label_names": SYNTHETIC_LABELS} if options.dataset == "synthetic" else {}
+    if options.dataset == "synthetic":  # which is trained with the configuration of CIFAR-10
+        network.pretrained_cfg |= dict(tag="synthetic", label_names=SYNTHETIC_LABELS)
 
     curve = figures.learning_curves({figures.kind(record): [record]})
     card = model_card(record, network, name, address, summary["sha256"])
@@ -59,7 +60,7 @@ def make_folder(run: Path, name: str, address: str | None = None) -> Path:
             save_for_hf(
                 network,
                 partial,
-                model_config=dict(options=asked, environments=record.environments, **labels),
+                model_config=dict(options=asked, environments=record.environments),
                 model_args=dict(
                     drop_path_rate=rate, drop_path_schedule=options.drop_path_schedule, drop_path_mode="batch"
                 ),
@@ -79,12 +80,6 @@ def make_folder(run: Path, name: str, address: str | None = None) -> Path:
         for leftover in (partial, old):
             shutil.rmtree(leftover, ignore_errors=True)
     return folder
-
-
-def keep_card(folder: Path, cards: Path) -> None:
-    """Copy a repository's folder, without the weights, to be kept under version control. Raises UserError."""
-    with writing(cards, f"copy {folder} there, without its weights"):
-        shutil.copytree(folder, cards, dirs_exist_ok=True, ignore=shutil.ignore_patterns(WEIGHTS_FILE))
 
 
 def check_address(repo_id: str, revision: str | None) -> None:

@@ -82,7 +82,10 @@ class Options:
     data_dir: Path = option(Path("data"), RUN, "folder with torchvision's files", free=True)
     download: bool = option(False, RUN, "download the files to --data-dir", free=True)
     epochs: int | None = option(
-        None, RUN, "passes over the training images; if omitted, the paper's: 500, and 50 for svhn", valid=COUNT
+        None,
+        RUN,
+        "passes over the training images; if omitted, the paper's: 500, and 50 for svhn; 20 for synthetic",
+        valid=COUNT,
     )
     batch_size: int = option(128, RUN, "images per step, across all processes", valid=COUNT)
     lr: float = option(0.1, RUN, "peak learning rate", valid=(lambda lr: 0 < lr <= 1e30, "in (0, 1e30]"))
@@ -145,7 +148,8 @@ class Options:
             if valid and value is not None and not valid[0](value):
                 raise UserError(f"{flag(name)} {value}: it must be {valid[1]}")
         if self.epochs is None:
-            object.__setattr__(self, "epochs", PROTOCOLS[self.dataset].epochs)
+            short = self.dataset == "synthetic"  # which is for a first try
+            object.__setattr__(self, "epochs", 20 if short else PROTOCOLS[self.dataset].epochs)
         if isinstance(self.drop_path_schedule, tuple) and self.drop_path is not None:
             raise UserError("--drop-path has no effect on given probabilities: omit it")
         try:

@@ -170,15 +170,16 @@ class Record:
     def command(self) -> str:
         """The command that reproduces the run."""
         environment = self.environments[0]
-        words = ["accelerate", "launch"]
+        launcher = []
         if environment["processes"] > 1:
-            words += ["--multi_gpu", "--num_processes", environment["processes"]]
-            if environment["device"] == "cpu":  # lets --multi_gpu start processes without a GPU
-                words = ["ACCELERATE_USE_CPU=1", *words]
+            launcher += ["--multi_gpu", "--num_processes", environment["processes"]]
         if self.mixed_precision != "no":
-            words += ["--mixed_precision", self.mixed_precision]
+            launcher += ["--mixed_precision", self.mixed_precision]
         if environment["dynamo_backend"] != "NO":
-            words += ["--dynamo_backend", environment["dynamo_backend"].lower()]
+            launcher += ["--dynamo_backend", environment["dynamo_backend"].lower()]
+        words = ["accelerate", "launch", *launcher] if launcher else ["python"]
+        if environment["processes"] > 1 and environment["device"] == "cpu":  # --multi_gpu then needs no GPU
+            words = ["ACCELERATE_USE_CPU=1", *words]
         words += ["train_scripts/train.py", "--model", self.options.model]
         for name in ("dataset", "seed", *self.options.changed):
             value = getattr(self.options, name)

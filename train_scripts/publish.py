@@ -1,7 +1,7 @@
 """Publish a finished run on the Hugging Face Hub:
 `python train_scripts/publish.py --run output/NAME --repo-id NAMESPACE/NAME`.
 
-The repository's folder is kept in the run's folder as `hub`, and copied without the weights to model_cards/NAME.
+The repository's folder is kept in the run's folder as `hub`. Without --repo-id, that is all.
 """
 
 import start  # noqa: F401
@@ -9,10 +9,9 @@ import start  # noqa: F401
 # isort: split
 import argparse
 from contextlib import closing
-from pathlib import Path
 
 from timm_sd.command_line import Parser, one_line_errors, path, say
-from timm_sd.hub import check_address, keep_card, make_folder, upload
+from timm_sd.hub import check_address, make_folder, upload
 from timm_sd.record import Record
 from timm_sd.run_folder import RunFolder
 
@@ -23,7 +22,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--repo-id", help="NAMESPACE/NAME on the Hub; without it, nothing is uploaded")
     parser.add_argument("--private", action="store_true", help="make the repository private")
     parser.add_argument("--revision", help="the branch to commit to; if omitted, main")
-    parser.add_argument("--dry-run", action="store_true", help="only make the folder: no upload, no copy")
     args = parser.parse_args()
     if args.repo_id is None and (args.private or args.revision is not None):
         parser.error("--private and --revision require --repo-id")
@@ -43,12 +41,9 @@ def main() -> None:
             folder = make_folder(args.run, name, address)
             for file in sorted(folder.iterdir()):
                 say(f"{file.stat().st_size:>12,} bytes  {file}")
-            if args.dry_run:
-                return
             if args.repo_id is not None:
                 message = f"{name}: {record.best['test_error']:.2f}% test error after {record.options.epochs} epochs"
                 say(upload(folder, args.repo_id, args.private, args.revision, message))
-            keep_card(folder, Path("model_cards") / name)
 
 
 if __name__ == "__main__":

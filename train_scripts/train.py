@@ -1,4 +1,4 @@
-"""Train a network as the paper's authors did: `accelerate launch train_scripts/train.py --data-dir data`."""
+"""Train a network as the paper's authors did: `python train_scripts/train.py --data-dir data`."""
 
 import start  # noqa: F401
 
