@@ -116,6 +116,16 @@ def test_load_in_a_fresh_cache(publish, hub, run, tmp_path):
     assert {line.split("/")[-1] for line in hub.requests} == {"config.json", "model.safetensors"}
 
 
+def test_a_runs_folder_is_loaded_too(run, tmp_path):
+    network = timm.create_model(f"local-dir:{run}", pretrained=True)
+    assert torch.equal(logits_of(network), logits_of_run(run))
+    assert [gate.survival for gate in gates(network)] == pytest.approx([1 - b / 9 * 0.4 for b in range(1, 10)])
+    assert network.pretrained_cfg["label_names"][0] == "disc"
+    shutil.copy(run / "config.json", tmp_path)
+    with pytest.raises(RuntimeError, match=rf"{tmp_path} has no model\.safetensors"):
+        timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+
+
 def test_a_loaded_network_adapts_like_any_timm_model(publish, run, tmp_path):
     publish()
     expected = logits_of_run(run)

@@ -379,7 +379,7 @@ def test_a_new_run_is_locked_from_the_start(tmp_path, monkeypatch):
         if not refused:
             refused.append(True)
             with pytest.raises(UserError, match="another process is training or publishing in"):
-                run_folder.RunFolder(tmp_path).open({}, {}, False)
+                run_folder.RunFolder(tmp_path).open({}, {}, {}, False)
 
     monkeypatch.setattr(training.Run, "step", step_and_start_another)
     training.train(options_for(tmp_path, epochs=1))

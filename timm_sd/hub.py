@@ -15,7 +15,6 @@ from timm.models._hub import save_for_hf
 from . import __version__, figures
 from .errors import UserError, one_line
 from .files import sha256, write_json, writing
-from .labels import SYNTHETIC_LABELS
 from .model_card import model_card
 from .options import BOUND_OPTIONS
 from .pretrained import load_weights
@@ -47,8 +46,6 @@ def make_folder(run: Path, name: str, address: str | None = None) -> Path:
         rate = options.drop_path
     else:
         rate = 0.0 if record.schedule == "given" else 1 - record.survival[-1]
-    if options.dataset == "synthetic":  # which is trained with the configuration of CIFAR-10
-        network.pretrained_cfg |= dict(tag="synthetic", label_names=SYNTHETIC_LABELS)
 
     curve = figures.learning_curves({figures.kind(record): [record]})
     card = model_card(record, network, name, address, summary["sha256"])

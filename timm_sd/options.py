@@ -14,6 +14,7 @@ from torch import nn
 from .cifar_resnet import is_depth, register_depth
 from .command_line import path
 from .errors import UserError
+from .labels import SYNTHETIC_LABELS
 from .paper import PROTOCOLS
 from .stochastic_depth import SCHEDULES, survival_probabilities
 
@@ -172,12 +173,15 @@ class Options:
     def create_model(self, device: str | None = None) -> nn.Module:
         """The network, not trained, with the data set's configuration."""
         register_depth(self.depth)
-        return timm.create_model(
-            self.data_tag,
-            drop_path_rate=self.drop_path,
-            drop_path_schedule=self.drop_path_schedule,
-            device=device,
-        )
+        network = timm.create_model(self.data_tag, device=device, **self.model_args)
+        if self.dataset == "synthetic":  # which has the configuration of CIFAR-10, but for the classes
+            network.pretrained_cfg |= dict(tag="synthetic", label_names=SYNTHETIC_LABELS)
+        return network
+
+    @property
+    def model_args(self) -> dict[str, object]:
+        """What `timm.create_model` needs besides the network's name."""
+        return dict(drop_path_rate=self.drop_path, drop_path_schedule=self.drop_path_schedule)
 
     @property
     def changed(self) -> list[str]:

@@ -1,6 +1,6 @@
 """The files that a run writes, each complete at any moment:
 
-    config.json         the options, and the environments it ran in
+    config.json         the options, the environments it ran in, and how timm creates the network
     metrics.jsonl       one line of metrics per epoch
     model.safetensors   the weights with the lowest validation error
     summary.json        the result and the weights' SHA-256, once the run is finished
@@ -114,8 +114,10 @@ class RunFolder:
                     f"another process is training or publishing in {self.path}: wait for it, or choose another folder"
                 ) from error
 
-    def open(self, options: dict, environment: dict, resume: bool) -> tuple[Progress, str, Path | None]:
+    def open(self, options: dict, environment: dict, network: dict, resume: bool) -> tuple[Progress, str, Path | None]:
         """Lock the folder until `close`, and start a run in it or, with `resume`, continue the existing one.
+
+        `network` is what timm needs to create the network from the folder, as in `local-dir:FOLDER`.
 
         Returns its progress, in words how the environment differs from the previous one, and the checkpoint to load,
         None for a new run. An existing run is never touched without `resume` or with other options.
@@ -128,7 +130,7 @@ class RunFolder:
                 if everything or self.metrics.exists() or self.weights.exists():
                     way_out = "continue it with --resume, or " if everything else ""
                     raise UserError(f"{self.path} already has a run: {way_out}choose another --output")
-                self.configuration = {"options": options, "environments": [environment]}
+                self.configuration = {"options": options, "environments": [environment], **network}
                 write_json(self.config, self.configuration)
                 return Progress(), "", None
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, DynamoBackend, broadcast, set_seed
+from timm.models import filter_pretrained_cfg
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -176,7 +177,13 @@ class Run:
         configuration["mixed_precision"] = self.accelerator.mixed_precision
         here = machine.environment(self.accelerator) | {"fused": self.options.fused}
 
-        opened = on_main_process(lambda: self.folder.open(configuration, here, self.options.resume))
+        network = dict(
+            architecture=self.options.model,
+            model_args=self.options.model_args,
+            pretrained_cfg=filter_pretrained_cfg(self.plain.pretrained_cfg, remove_source=True, remove_null=True),
+        )
+
+        opened = on_main_process(lambda: self.folder.open(configuration, here, network, self.options.resume))
         self.progress, differing, checkpoint = opened
         if checkpoint is not None:
             on_all_processes(lambda: self.folder.load(checkpoint, self.accelerator))

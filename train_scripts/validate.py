@@ -17,7 +17,6 @@ from timm_sd import data, machine, pretrained, register_depth
 from timm_sd.command_line import Parser, one_line_errors, path, say
 from timm_sd.errors import UserError
 from timm_sd.evaluation import evaluate
-from timm_sd.labels import SYNTHETIC_LABELS
 from timm_sd.options import DATASETS, Options
 from timm_sd.pretrained import load_weights
 from timm_sd.record import read_options
@@ -109,7 +108,7 @@ def main() -> None:
         if not math.isfinite(result.loss):
             raise UserError(f"the weights are damaged: the loss is {result.loss}")
 
-        names = network.pretrained_cfg["label_names"] if options.dataset != "synthetic" else SYNTHETIC_LABELS
+        names = network.pretrained_cfg["label_names"]
         say(f"{'class':>20} {'images':>7} {'errors':>7} {'error':>7}")
         for name, count, errors in zip(names, result.images, result.errors, strict=True):
             share = f"{100 * errors / count:.2f}%" if count else "-"
