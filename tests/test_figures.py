@@ -102,6 +102,15 @@ def test_runs_fall_into_two_groups(pair):
     }
 
 
+def assert_labels_are_legible(figure):
+    """They touch neither the axis nor each other."""
+    figure.draw_without_rendering()
+    axes = figure.axes[0]
+    frames = sorted((text.get_window_extent() for text in axes.texts), key=lambda frame: frame.y0)
+    edges = [axes.bbox.y0, *(y for frame in frames for y in (frame.y0, frame.y1)), axes.bbox.y1]
+    assert edges == sorted(edges)
+
+
 def test_figure_3(pair):
     figure = figures.learning_curves(pair)
     errors, losses = figure.axes
@@ -120,6 +129,7 @@ def test_figure_3(pair):
     }
     assert points == {(7, 12), (7, 10), (7, 14)}
     assert [text.get_text() for text in errors.texts] == ["12.00%", "12.00%"]
+    assert_labels_are_legible(figure)
     assert [drawn.get_xdata()[0] for drawn in errors.lines if drawn.get_linestyle() == ":"] == [4, 6]
     assert (errors.get_ylabel(), losses.get_ylabel()) == ("test error (%)", "training loss (cross-entropy)")
 
@@ -131,8 +141,10 @@ def test_zeros_are_drawn_without_a_warning(made_up, tmp_path):
     zeros = dict.fromkeys(("train_loss", "train_error", "validation_error", "test_error", "conv1_gradient"), 0.0)
     Path("zeros/metrics.jsonl").write_text("".join(json.dumps(line | zeros) + "\n" for line in lines))
     groups = results.compare([Record.read(Path("zeros"))])
-    for draw in (figures.learning_curves, figures.gradients):
-        figures.save(draw(groups), tmp_path / "zeros.png")
+    drawn = figures.learning_curves(groups)
+    assert_labels_are_legible(drawn)
+    for figure in (drawn, figures.gradients(groups)):
+        figures.save(figure, tmp_path / "zeros.png")
 
 
 def test_a_full_disk_leaves_the_figure_that_was_there(command, made_up):

@@ -125,23 +125,20 @@ def learning_curves(groups: Groups) -> Figure:
         points = [line["test_error"] for line in best[group]]
         label = "at the lowest validation error"
         axes.plot(epochs, points, MARKERS[group], color=COLORS[group], markersize=7, zorder=4, label=label)
-        # To the right of the last epoch, clear of the lines; the higher of two labels goes up.
-        axes.annotate(
-            f"{errors[group]:.2f}%",
-            (epochs_in_all, errors[group]),
-            (10, 0),
-            textcoords="offset points",
-            va="bottom" if group == max(errors, key=errors.get) else "top",
-            color=COLORS[group],
-            fontweight="bold",
-        )
     _plain_log(losses)
     drops = first.protocol.lr_drops if first.options.lr_schedule == "steps" else ()
     for index, epoch in enumerate(sorted({math.ceil(drop * epochs_in_all) for drop in drops} - {1})):
         axes.axvline(epoch, color=GRAY, linewidth=1, linestyle=":", label=None if index else "learning rate ÷ 10")
     # In a long run, the first epochs would squash the rest.
     seen = [curves(records, "test_error")[:, epochs_in_all // 20 :] for records in groups.values()]
-    axes.set_ylim(0, 1.1 * max(1, *(errors.max() for errors in seen)))
+    top = 1.1 * max(1, *(each.max() for each in seen))
+    axes.set_ylim(0, top)
+    height = 0.0
+    for group in sorted(errors, key=errors.get):
+        # To the right of the last epoch, where no lines are, and clear of the axis and of each other.
+        height = max(errors[group] / top, height + 0.07)
+        label = dict(color=COLORS[group], fontweight="bold", va="center")
+        axes.text(1.02 * epochs_in_all, height * top, f"{errors[group]:.2f}%", **label)
     axes.set_xlim(1 - 0.05 * epochs_in_all, 1.18 * epochs_in_all)
     axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick <= epochs_in_all])
     figure.legend(loc="outside upper center", ncols=2, frameon=False)
