@@ -18,7 +18,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from benchmark_timm import DROP_PATH, NONE
+from benchmark_timm import NONE
 from timm.layers import DropPath
 from timm.models.convnext import ConvNeXt
 from timm.models.vision_transformer import VisionTransformer
@@ -29,7 +29,7 @@ from timm_sd import data, draw_gates, gates, skip_drop_path, use_gates
 from timm_sd.command_line import Parser, one_line_errors, path
 from timm_sd.evaluation import evaluate
 from timm_sd.files import writing
-from timm_sd.gate import MODES
+from timm_sd.skip.benchmark import DROP_PATH, MODES
 
 ARMS = (DROP_PATH, *MODES, NONE)
 NETWORKS: dict[str, Callable[[float], nn.Module]] = {
