@@ -436,7 +436,7 @@ def change(file, key, value=None):
         ),
         (
             lambda: change("config.json", "processor"),
-            r"a/config.json is from another version or damaged: processor is missing or not valid \(None\)",
+            r"a/config.json is damaged: an environment has no processor",
         ),
         (lambda: change("config.json", "mixed_precision"), "a/config.json is from .*: no valid mixed_precision"),
         (lambda: change("config.json", "mixed_precision", "fp8"), "a/config.json is from .*: no valid mixed_precision"),
@@ -447,26 +447,6 @@ def change(file, key, value=None):
         (
             lambda: change("metrics.jsonl", "lr", "high"),
             r"a/metrics.jsonl is damaged \(.*\): train.py --resume rewrites it",
-        ),
-        (
-            lambda: change("config.json", "processor", "a | b"),
-            r"a/config.json is from another version or damaged: processor is missing or not valid \('a \| b'\)",
-        ),
-        (
-            lambda: change("config.json", "device", "{{ x }}"),
-            r"a/config.json is from another version or damaged: device is missing or not valid \('{{ x }}'\)",
-        ),
-        (lambda: change("config.json", "threads", 0), r"a/config.json is from .*: threads is missing or .* \(0\)"),
-        (
-            lambda: change("config.json", "since", "epoch-00001-step-000000"),  # of the first environment
-            r"a/config.json is from .*: since is missing or .* \('epoch-00001-step-000000'\)",
-        ),
-        (lambda: change("config.json", "git_commit", 5), r"a/config.json is from .*: git_commit is .* \(5\)"),
-        (lambda: move("a", "epoch-00000-step-000000", 1.0), r"a/config.json is from .*: since is missing or .*"),
-        (lambda: move("a", "epoch-00001-step-noon", 1.0), r"a/config.json is from .*: since is missing or .*"),
-        (
-            lambda: change("config.json", "threads", True),
-            r"a/config.json is from .*: threads is .* \(True\)",
         ),
         (
             lambda: change("config.json", "lr", float("nan")),
@@ -516,10 +496,6 @@ def test_runs_of_other_versions(command, made_up):
     assert record.other_facts == ["triton", "gpus", "driver"]
     assert record.history == [line | {"calls": "7"} for line in before.history]
     assert command("figures", "--runs", "a", "--out", "out")[0] == 0
-    for fact in "a | b", "{{ x }}":
-        change("config.json", "triton", fact)
-        with pytest.raises(UserError, match="triton is missing or not valid"):
-            Record.read(Path("a"))
 
 
 def test_the_published_error_is_that_of_the_network(made_up):

@@ -223,17 +223,17 @@ def test_an_unknown_token(publish, hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_no_such_token")
     status, _, err = publish()
     assert status == 1
-    assert err.startswith("publish.py: the Hub rejected the token: log in again")
+    assert re.match(rf"publish.py: uploading to {REPO} failed \(.*401.*\): publish again", err)
+    assert "hf_no_such_token" not in err
     assert err.count("\n") == 1
     assert not hub.folder(REPO).exists()
 
 
 def test_the_namespace_of_another_user(publish, hub):
     status, _, err = publish(repo_id="bob/small-sd")
-    assert (status, err) == (
-        1,
-        "publish.py: the token has no write access to bob/small-sd: choose another --repo-id, or a token that has\n",
-    )
+    assert status == 1
+    assert re.match(r"publish.py: uploading to bob/small-sd failed \(.*403.*\): publish again", err)
+    assert err.count("\n") == 1
     assert not hub.folder("bob/small-sd").exists()
     hub.create("bob/small-sd")
     assert publish(repo_id="bob/small-sd")[0] == 1
@@ -250,9 +250,7 @@ def test_an_error_during_the_upload_and_a_retry(publish, hub, request_, tmp_path
     hub.faults[request_] = 501  # the client does not retry after this one
     status, _, err = publish()
     assert status == 1
-    assert err.startswith(
-        f"publish.py: uploading to {REPO} failed, the Hub responded with 501 (something broke): publish"
-    )
+    assert re.match(rf"publish.py: uploading to {REPO} failed \(.*501.*something broke.*\): publish again", err)
     assert err.count("\n") == 1
     assert hub.commits(REPO) == ["initial commit"]
     assert publish()[0] == 0

@@ -1,9 +1,8 @@
-"""Shared by the scripts: one-line messages for errors the user can fix, and output that may fail."""
+"""Shared by the scripts: one-line messages for errors the user can fix."""
 
 import argparse
 import io
 import os
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,33 +38,19 @@ def path(text: str) -> Path:
 
 @contextmanager
 def one_line_errors(prog: str) -> Iterator[None]:
-    """Exit with status 1 and one line on a UserError (printed once per machine), Ctrl-C or lost output."""
-    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # set by train_scripts/start.py during the imports
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Exit with status 1 and one line on a UserError (printed once per machine) or Ctrl-C."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    lost.clear()
     try:
         yield
     except UserError as error:
         sys.exit(f"{prog}: {error}" if os.environ.get("RANK") is None or os.environ.get("LOCAL_RANK") == "0" else 1)
     except KeyboardInterrupt:
         sys.exit(f"{prog}: interrupted")
-    if lost:
-        sys.exit(f"{prog}: cannot write to standard output ({lost[0]}); everything else is done")
-
-
-lost: list[str] = []  # why writing to standard output failed
 
 
 def say(text: object) -> None:
-    """Print and flush a line, in the first process only. If that fails (full disk, closed pipe), continue without."""
-    if lost or os.environ.get("RANK", "0") != "0":
-        return
-    try:
+    """Print and flush a line, in the first process only."""
+    if os.environ.get("RANK", "0") == "0":
         print(text, flush=True)
-    except OSError as error:
-        lost.append(error.strerror)
-        # Flushing what is left in the buffer at exit would fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -2,13 +2,11 @@
 
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
+from huggingface_hub.errors import HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 from timm.models._hub import save_for_hf
 
@@ -115,45 +113,18 @@ def upload(folder: Path, repo_id: str, private: bool, revision: str | None, mess
     """
     check_token()
     api = HfApi(library_name="timm-sd", library_version=__version__)
-    with _as_user_errors(repo_id):
+    try:
         api.create_repo(repo_id, private=private or None, exist_ok=True)
         if private and not api.model_info(repo_id).private:
             raise UserError(f"{repo_id} already exists and is public: make it private on the Hub, or omit --private")
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         commit = api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, commit_message=message)
+    except (HTTPError, RuntimeError, OSError, ValueError) as error:  # the HTTP library's, and the client's own
+        said = _without_token(f"{error} {error.__cause__ or ''}")  # upload errors have their cause there
+        again = "publish again, which does not repeat finished uploads"
+        raise UserError(f"uploading to {repo_id} failed ({said.strip()}): {again}") from error
     return one_line(_without_token(commit.commit_url))
-
-
-@contextmanager
-def _as_user_errors(repo_id: str) -> Iterator[None]:
-    """Turn the client's exceptions into UserErrors."""
-    failed = f"uploading to {repo_id} failed"
-    again = "publish again, which does not repeat finished uploads"
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # of any type: the client does not validate the Hub's responses
-        # Upload errors arrive as the cause of a RuntimeError.
-        if isinstance(error, RuntimeError) and error.__cause__ is not None:
-            error = error.__cause__
-        if not isinstance(error, HfHubHTTPError):
-            # HTTPError comes from the HTTP library that huggingface_hub uses.
-            known = isinstance(error, (HTTPError, RuntimeError, OSError, ValueError))
-            said = str(error) if known else f"the client cannot make sense of the Hub's response, {error!r}"
-            raise UserError(f"{failed} ({_without_token(said)}): {again}") from error
-        status = error.response.status_code
-        said = _without_token(error.server_message or "no message")
-        if status == 401:
-            reason = "the Hub rejected the token: log in again with `hf auth login`, or set HF_TOKEN"
-        elif status == 403:
-            reason = f"the token has no write access to {repo_id}: choose another --repo-id, or a token that has"
-        elif status < 500 and status != 429:
-            reason = f"{failed}, the Hub rejected the request ({status}, {said})"
-        else:
-            reason = f"{failed}, the Hub responded with {status} ({said}): {again}"
-        raise UserError(reason) from error
 
 
 def _without_token(text: str) -> str:

@@ -22,9 +22,9 @@ DATASETS = tuple(PROTOCOLS)
 LR_SCHEDULES = ("steps", "one-cycle")
 # Groups of options in --help.
 RUN, REGULARIZATION, COMPUTATION, OUTPUT = "training", "regularization", "computation", "output"
-COUNT = (lambda value: 1 <= value < 2**31, "in [1, 2^31)")
+COUNT = (lambda value: value >= 1, "positive")
 FRACTION = (lambda value: 0 <= value < 1, "in [0, 1)")
-ALPHA = (lambda value: value == 0 or 1e-6 <= value <= 1e6, "0, or in [1e-6, 1e6]")
+NOT_NEGATIVE = (lambda value: value >= 0, "0 or more")
 
 
 def is_model(name: str) -> bool:
@@ -89,11 +89,9 @@ class Options:
         valid=COUNT,
     )
     batch_size: int = option(128, RUN, "images per step, across all processes", valid=COUNT)
-    lr: float = option(0.1, RUN, "peak learning rate", valid=(lambda lr: 0 < lr <= 1e30, "in (0, 1e30]"))
+    lr: float = option(0.1, RUN, "peak learning rate", valid=(lambda lr: lr > 0, "positive"))
     lr_schedule: str = option("steps", RUN, "steps (the authors') or one-cycle (for short runs)", LR_SCHEDULES)
-    weight_decay: float = option(
-        1e-4, RUN, "applied to every parameter", valid=(lambda decay: 0 <= decay <= 1e30, "in [0, 1e30]")
-    )
+    weight_decay: float = option(1e-4, RUN, "applied to every parameter", valid=NOT_NEGATIVE)
     drop_path: float | None = option(None, RUN, "1 - p_L; if omitted, the network's own", valid=FRACTION)
     drop_path_schedule: str | tuple = option(
         "linear",
@@ -111,8 +109,10 @@ class Options:
         "probability that a rectangle of an image is erased",
         valid=(lambda p: 0 <= p <= 1, "in [0, 1]"),
     )
-    mixup: float = option(0.0, REGULARIZATION, "alpha of mixup", valid=ALPHA)
-    cutmix: float = option(0.0, REGULARIZATION, "alpha of CutMix; with mixup, each batch gets one of them", valid=ALPHA)
+    mixup: float = option(0.0, REGULARIZATION, "alpha of mixup", valid=NOT_NEGATIVE)
+    cutmix: float = option(
+        0.0, REGULARIZATION, "alpha of CutMix; with mixup, each batch gets one of them", valid=NOT_NEGATIVE
+    )
     dropout: float = option(0.0, REGULARIZATION, "probability of dropout before the classifier", valid=FRACTION)
     ema_decay: float = option(
         0.0,

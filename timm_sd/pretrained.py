@@ -4,6 +4,7 @@ Packaged files are `weights/NAME.TAG.safetensors`, with their hashes in `weights
 by the paper's recipe is the data set, such as "cifar10"; weights trained for 40 epochs, say, are tagged "e40_cifar10".
 """
 
+import functools
 import re
 from pathlib import Path
 
@@ -21,6 +22,7 @@ HUB_NAMESPACE = "timm-sd"
 WEIGHTS_FILE = "model.safetensors"
 
 
+@functools.cache
 def packaged() -> list[str]:
     """The names, with tags, of the networks whose weights come with the package."""
     return sorted(file.removesuffix(".safetensors") for file in read_sums(WEIGHTS))

@@ -1,6 +1,5 @@
 """A finished run, read from its folder's config.json and metrics.jsonl alone."""
 
-import re
 import shlex
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,12 +11,9 @@ from .gate import gates
 from .options import BOUND_OPTIONS, DEFAULTS, GROUPS, REGULARIZATION, Options, flag
 from .run_folder import Progress, RunFolder, read_config, summarize
 
-# The facts in every environment, and those that only some have. All but the first also have "since", the checkpoint
-# that was resumed there.
-COUNTS = ("processes", "threads")
-WORDS = ("device", "processor", "dynamo_backend", "timm_sd", "python", "torch", "torchvision", "timm", "accelerate")
-OPTIONAL = ("git_commit", "numpy")
+# The facts in every environment. All but the first also have "since", the checkpoint that was resumed there.
 MACHINE = ("device", "processor", "processes", "threads")  # what the speed depends on most
+VERSIONS = ("dynamo_backend", "timm_sd", "python", "torch", "torchvision", "timm", "accelerate")
 
 
 def read_options(path: Path) -> Options:
@@ -35,29 +31,6 @@ def read_options(path: Path) -> Options:
         raise UserError(f"{path / 'config.json'} is from another version or damaged: {error}") from error
 
 
-def _check_environment(path: Path, where: dict, resumed: bool) -> None:
-    """Raise UserError unless it has these facts, and all of them are words that fit in a Markdown table, or numbers."""
-
-    def is_word(value: object) -> bool:
-        return isinstance(value, str) and value.isprintable() and not re.search(r"[|`<>{}\\]", value)
-
-    possible = {name: type(where.get(name)) is int and 0 < where[name] < 2**31 for name in COUNTS}
-    possible |= {name: is_word(where.get(name)) for name in WORDS}
-    possible |= {name: where.get(name) is None or is_word(where[name]) for name in OPTIONAL}
-    others = where.keys() - possible.keys() - {"since"}
-    possible |= {name: is_word(name) and (where[name] is None or is_word(str(where[name]))) for name in others}
-    possible["since"] = "since" not in where
-    if resumed:
-        since = where.get("since")
-        possible["since"] = isinstance(since, str) and bool(re.fullmatch(r"epoch-0*[1-9]\d{0,8}-step-\d+", since))
-    for name, is_possible in possible.items():
-        if not is_possible:
-            raise UserError(
-                f"{path / 'config.json'} is from another version or damaged: {name} is missing or not valid"
-                f" ({where.get(name)!r})"
-            )
-
-
 @dataclass(frozen=True)
 class Record:
     """A finished run: its options, the `machine.environment` of each place it ran in, and the metrics of its epochs."""
@@ -72,8 +45,9 @@ class Record:
     def read(cls, path: Path) -> "Record":
         """The run in a folder. Raises UserError if there is none, or it is unfinished or damaged."""
         config, options = read_config(path), read_options(path)
-        for index, where in enumerate(config["environments"]):
-            _check_environment(path, where, resumed=index > 0)
+        for name in (*MACHINE, *VERSIONS):
+            if any(name not in where for where in config["environments"]):
+                raise UserError(f"{path / 'config.json'} is damaged: an environment has no {name}")
         precision = config["options"].get("mixed_precision")
         if precision not in ("no", "bf16"):
             raise UserError(f"{path / 'config.json'} is from another version or damaged: no valid mixed_precision")
@@ -103,7 +77,7 @@ class Record:
     @property
     def other_facts(self) -> list[str]:
         """The names of facts about the environments that this version of the package does not know."""
-        known = {*COUNTS, *WORDS, *OPTIONAL, "since"}
+        known = {*MACHINE, *VERSIONS, "git_commit", "numpy", "fused", "since"}
         return list({name: None for where in self.environments for name in where if name not in known})
 
     @property

@@ -2,12 +2,7 @@
 
 import importlib.util
 import os
-import signal
 import sys
-
-# Ctrl-C during the imports ends the script without a traceback. If it is ignored (in the background), it stays so.
-if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 # GNU's OpenMP, PyTorch's on Linux, lets threads spin at barriers for long, which is ruinous where others want the
 # cores. It reads this when PyTorch is imported; a user's own setting wins.

@@ -1,0 +1,329 @@
+"""Trainers of others, with models converted by skip_drop_path: python tests/trainers.py [NAME ...]
+
+Not a part of the test suite, since it downloads some of these packages, each into a temporary folder of its own, as
+`packages.py` does. Every trainer trains a small model twice, as it is and converted, and evaluates it. Forward hooks
+count the rows that branches compute: fewer in training if the model is converted, and all of them in evaluation. The
+trainer's own checkpoint of the converted model must load into an unconverted one. A line is printed for each trainer;
+the exit status is 1 if one fails.
+"""
+
+import argparse
+import copy
+import importlib.metadata
+import logging
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
+
+import timm_sd
+
+IN_BRANCH = re.compile(r"\.fc2$")  # the last layer of an MLP
+RATE, SIZE, CLASSES, BATCH, STEPS = 0.5, 32, 4, 8, 4
+VIT = dict(img_size=SIZE, num_classes=CLASSES, drop_path_rate=RATE)
+
+State = dict[str, Tensor]
+Convert = Callable[[nn.Module], nn.Module]
+Train = Callable[[Convert, Path], tuple[float, State]]
+"""Trains a model that it converts where a user would. Returns the last loss, and the state in the checkpoint."""
+
+
+class Trainer(NamedTuple):
+    requirements: str  # the package itself first, then what the environment may lack
+    train: Train
+
+
+class Observer:
+    """Stands for skip_drop_path, and watches what the model computes from then on."""
+
+    def __init__(self, skip: bool) -> None:
+        self.skip = skip
+        self.rows: Counter[bool] = Counter()  # those that branches have computed, by whether the model is in training
+
+    def convert(self, model: nn.Module) -> nn.Module:
+        self.model, self.unconverted = model, copy.deepcopy(model)
+        if self.skip:
+            timm_sd.skip_drop_path(model, strict=True)
+        for name, module in model.named_modules():
+            if IN_BRANCH.search(name):
+                module.register_forward_hook(self.count)
+        return model
+
+    @property
+    def count(self) -> Callable[[nn.Module, tuple, Tensor], None]:
+        rows = self.rows
+
+        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+            rows[module.training] += len(output)
+
+        return hook  # not a method, of which a deep copy of the model would copy the observer
+
+
+def samples(count: int = STEPS * BATCH, **shapes: tuple[int, ...]) -> TensorDataset:
+    return TensorDataset(torch.randn(count, 3, SIZE, SIZE), torch.randint(CLASSES, (count,)))
+
+
+def by_timm(convert: Convert, folder: Path) -> tuple[float, State]:
+    from timm.optim import create_optimizer_v2
+    from timm.scheduler import CosineLRScheduler
+    from timm.utils import CheckpointSaver, ModelEmaV3
+
+    model = timm.create_model("test_vit", **VIT)
+    convert(model)
+    optimizer = create_optimizer_v2(model, "adamw", lr=1e-3, weight_decay=0.05, layer_decay=0.75)
+    scheduler = CosineLRScheduler(optimizer, t_initial=STEPS)
+    ema = ModelEmaV3(model, decay=0.9)
+    saver = CheckpointSaver(model, optimizer, model_ema=ema, checkpoint_dir=folder)
+    model.train()
+    for step, (x, y) in enumerate(DataLoader(samples(), BATCH)):
+        loss = cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update(model, step)
+        scheduler.step(step + 1)
+    model.eval()
+    with torch.inference_mode():
+        for x, _ in DataLoader(samples(), BATCH):
+            model(x)
+    saver.save_checkpoint(epoch=0)
+    timm.models.load_checkpoint(timm.create_model("test_vit", **VIT), folder / "last.pth.tar", use_ema=True)
+    return loss.item(), torch.load(folder / "last.pth.tar", weights_only=False)["state_dict"]
+
+
+def by_accelerate(convert: Convert, folder: Path) -> tuple[float, State]:
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16", gradient_accumulation_steps=2)
+    model = timm.create_model("test_vit", **VIT)
+    convert(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    loaders = DataLoader(samples(), BATCH), DataLoader(samples(), BATCH)
+    model, optimizer, train_loader, val_loader = accelerator.prepare(model, optimizer, *loaders)
+    model.train()
+    for x, y in train_loader:
+        with accelerator.accumulate(model):
+            loss = cross_entropy(model(x), y)
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+    model.eval()
+    with torch.inference_mode():
+        for x, _ in val_loader:
+            model(x)
+    accelerator.save_state(folder)
+    return loss.item(), load_file(folder / "model.safetensors")
+
+
+def by_lightning(convert: Convert, folder: Path) -> tuple[float, State]:
+    import lightning
+    from lightning.pytorch.callbacks import EMAWeightAveraging
+
+    class Classifier(lightning.LightningModule):
+        def __init__(self, name: str, **options: Any) -> None:
+            super().__init__()
+            self.save_hyperparameters()
+            self.model = timm.create_model(name, **options)
+            convert(self.model)
+
+        def training_step(self, batch: list[Tensor], index: int) -> Tensor:
+            x, y = batch
+            loss = cross_entropy(self.model(x), y)
+            self.log("loss", loss)
+            return loss
+
+        def validation_step(self, batch: list[Tensor], index: int) -> None:
+            x, y = batch
+            self.log("val_loss", cross_entropy(self.model(x), y))
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+    quiet = dict(logger=False, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0)
+    trainer = lightning.Trainer(
+        accelerator="cpu", max_epochs=1, default_root_dir=folder, callbacks=EMAWeightAveraging(decay=0.9), **quiet
+    )
+    trainer.fit(Classifier("test_vit", **VIT), DataLoader(samples(), BATCH), DataLoader(samples(), BATCH))
+    loss = trainer.callback_metrics["loss"].item()
+    trainer.save_checkpoint(folder / "last.ckpt")
+    state = torch.load(folder / "last.ckpt", weights_only=False)["state_dict"]
+    return loss, {key.removeprefix("model."): value for key, value in state.items()}
+
+
+def by_transformers(convert: Convert, folder: Path) -> tuple[float, State]:
+    from transformers import Dinov2Config, Dinov2ForImageClassification, Trainer, TrainingArguments
+
+    config = Dinov2Config(
+        image_size=SIZE, patch_size=16, hidden_size=16, num_hidden_layers=4, num_attention_heads=2, num_labels=CLASSES,
+        drop_path_rate=RATE,
+    )  # fmt: skip
+    model = Dinov2ForImageClassification(config)
+    convert(model)
+    args = TrainingArguments(
+        output_dir=folder, num_train_epochs=1, per_device_train_batch_size=BATCH, per_device_eval_batch_size=BATCH,
+        eval_strategy="epoch", save_strategy="epoch", use_cpu=True, report_to="none", disable_tqdm=True,
+    )  # fmt: skip
+    data = [dict(pixel_values=x, labels=y) for x, y in samples()]
+    trainer = Trainer(model, args, train_dataset=data, eval_dataset=data)
+    loss = trainer.train().training_loss
+    return loss, load_file(folder / f"checkpoint-{STEPS}" / "model.safetensors")
+
+
+def by_fastai(convert: Convert, folder: Path) -> tuple[float, State]:
+    from fastai.vision.all import ImageDataLoaders, vision_learner
+    from torchvision.transforms.functional import to_pil_image
+
+    for part in ("train", "valid"):
+        for index, (x, y) in enumerate(samples()):
+            (folder / part / str(y.item())).mkdir(parents=True, exist_ok=True)
+            to_pil_image(x.sigmoid()).save(folder / part / str(y.item()) / f"{index}.png")
+    data = ImageDataLoaders.from_folder(folder, bs=BATCH, num_workers=0, device=torch.device("cpu"))
+    learner = vision_learner(data, "test_vit", pretrained=False, drop_path_rate=RATE, img_size=SIZE)
+    convert(learner.model)
+    with learner.no_bar(), learner.no_logging():
+        learner.fit_one_cycle(1)
+    learner.save("last")
+    return learner.recorder.losses[-1].item(), torch.load(folder / "models" / "last.pth", weights_only=False)["model"]
+
+
+def by_open_clip(convert: Convert, folder: Path) -> tuple[float, State]:
+    import open_clip
+
+    vision = open_clip.get_model_config("convnext_tiny")["vision_cfg"]
+    vision |= dict(timm_model_name="test_convnext", timm_drop_path=RATE, image_size=SIZE)
+    text = dict(context_length=8, vocab_size=32, width=16, heads=2, layers=1)
+    model = open_clip.create_model("convnext_tiny", vision_cfg=vision, text_cfg=text, output_dict=True)
+    convert(model.visual)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    criterion = open_clip.ClipLoss()
+    model.train()
+    for x, _ in DataLoader(samples(), BATCH):
+        loss = criterion(**model(x, torch.randint(32, (len(x), 8))))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+    with torch.inference_mode():
+        for x, _ in DataLoader(samples(), BATCH):
+            model.encode_image(x)
+    torch.save(dict(state_dict=model.state_dict()), folder / "last.pt")
+    again = open_clip.create_model("convnext_tiny", vision_cfg=vision, text_cfg=text)
+    open_clip.load_checkpoint(again, folder / "last.pt", strict=True, weights_only=True)
+    return loss.item(), again.visual.state_dict()
+
+
+def by_segmentation_models(convert: Convert, folder: Path) -> tuple[float, State]:
+    import segmentation_models_pytorch as smp
+
+    model = smp.Unet("tu-test_convnext", encoder_weights=None, classes=CLASSES, drop_path_rate=RATE)
+    convert(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    criterion = smp.losses.DiceLoss("multiclass")
+    model.train()
+    for x, y in DataLoader(samples(), BATCH):
+        loss = criterion(model(x), y.view(-1, 1, 1).expand(-1, SIZE, SIZE))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+    with torch.inference_mode():
+        for x, _ in DataLoader(samples(), BATCH):
+            model(x)
+    model.save_pretrained(folder)
+    return loss.item(), smp.from_pretrained(folder).state_dict()
+
+
+FASTAI = (
+    "fastai==2.8.12 fastcore==2.2.41 fastdownload==0.0.8 fastprogress==1.0.3 fasttransform==0.0.5 plum-dispatch==2.9.0"
+    " beartype==0.23.1 cloudpickle==3.1.3 rich==15.0.0 pandas==3.1.1 python-dateutil==4.0.0 scikit-learn==1.9.1"
+    " joblib==1.6.0 threadpoolctl==3.8.0 narwhals==2.29.0 requests==2.34.2 urllib3==2.8.0 charset-normalizer==3.5.3"
+    " certifi idna"
+)
+TRAINERS = {
+    "timm": Trainer("", by_timm),
+    "accelerate": Trainer("", by_accelerate),
+    "lightning": Trainer("lightning==2.6.6 lightning-utilities==0.15.3 torchmetrics==1.9.0", by_lightning),
+    "transformers": Trainer("", by_transformers),
+    "fastai": Trainer(FASTAI, by_fastai),
+    "open-clip-torch": Trainer("open-clip-torch==3.3.0 ftfy==6.3.1 wcwidth==0.9.4 regex==2026.11.19", by_open_clip),
+    "segmentation-models-pytorch": Trainer("segmentation-models-pytorch==0.6.0", by_segmentation_models),
+}
+
+
+def problems(plain: Observer, converted: Observer, loss: float, state: State) -> list[str]:
+    """What is wrong with a converted model's training, of which the plain model's is a copy."""
+    found = []
+    if not 0 < converted.rows[True] < plain.rows[True]:
+        found.append("training computes all rows")
+    if not 0 < converted.rows[False] == plain.rows[False]:
+        found.append("evaluation does not compute all rows")
+    if not torch.tensor(loss).isfinite():
+        found.append(f"the loss is {loss}")
+    trained = dict(converted.model.named_parameters())
+    if all(torch.equal(value, trained[name]) for name, value in converted.unconverted.named_parameters()):
+        found.append("no parameter has changed")
+    converted.unconverted.load_state_dict(state, strict=True)
+    x = torch.randn(BATCH, 3, SIZE, SIZE)
+    with torch.inference_mode():
+        outputs = [model.eval()(x) for model in (converted.model, converted.unconverted)]
+    outputs = [getattr(output, "logits", output) for output in outputs]
+    if not torch.equal(*outputs):
+        found.append("the checkpoint is that of another model")
+    return found
+
+
+def try_here(name: str) -> bool:
+    """Try a trainer that is installed; print a line and return whether it works."""
+    observers = Observer(skip=False), Observer(skip=True)
+    for observer in observers:
+        torch.manual_seed(0)
+        with tempfile.TemporaryDirectory(prefix="timm-sd-") as folder:
+            loss, state = TRAINERS[name].train(observer.convert, Path(folder))
+    plain, converted = observers
+    found = problems(plain, converted, loss, state)
+    (trained, all_trained), (evaluated, _) = ([each.rows[mode] for each in (converted, plain)] for mode in (True, False))
+    rows = f"rows in branches: {trained} of {all_trained} in training, all {evaluated} in evaluation"
+    print(f"{name} {importlib.metadata.version(name)}: {'; '.join(found) or f'ok, {rows}'}", flush=True)
+    return not found
+
+
+def try_in_folder(name: str) -> bool:
+    """Install a trainer in a folder of its own, if it needs that, and try it in a process that finds it there."""
+    with tempfile.TemporaryDirectory(prefix="timm-sd-") as folder:
+        requirements = TRAINERS[name].requirements.split()
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        if requirements and subprocess.run([*pip, "--target", folder, *requirements]).returncode:
+            print(f"{name}: not installed")
+            return False
+        paths = [folder, *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+        here = [sys.executable, "-W", "ignore", __file__, "--here", name]
+        return subprocess.run(here, env=environment).returncode == 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help="a trainer; by default all of them")
+    parser.add_argument("--here", action="store_true", help="use the packages that are installed")
+    args = parser.parse_args()
+    if unknown := [name for name in args.names if name not in TRAINERS]:
+        parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(TRAINERS)}")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    run = try_here if args.here else try_in_folder
+    return 1 - all([run(name) for name in args.names or TRAINERS])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
