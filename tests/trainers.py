@@ -293,7 +293,9 @@ def try_here(name: str) -> bool:
             loss, state = TRAINERS[name].train(observer.convert, Path(folder))
     plain, converted = observers
     found = problems(plain, converted, loss, state)
-    (trained, all_trained), (evaluated, _) = ([each.rows[mode] for each in (converted, plain)] for mode in (True, False))
+    (trained, all_trained), (evaluated, _) = (
+        [each.rows[mode] for each in (converted, plain)] for mode in (True, False)
+    )
     rows = f"rows in branches: {trained} of {all_trained} in training, all {evaluated} in evaluation"
     print(f"{name} {importlib.metadata.version(name)}: {'; '.join(found) or f'ok, {rows}'}", flush=True)
     return not found

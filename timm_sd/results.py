@@ -1,18 +1,25 @@
-"""Which runs may be compared, and the page that compares them with the paper."""
+"""Which runs may be compared, and the page of their results."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
-from pathlib import Path
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from . import paper
 from .errors import UserError
 from .figures import CONSTANT, STOCHASTIC, Groups, curves, kind, training_seconds
 from .record import Record
 
-TEMPLATE = "results.md.jinja"
+RUN_COLUMNS = (
+    "network",
+    "p_L",
+    "seed",
+    "epochs",
+    "test error at the best validation error",
+    "last test error",
+    "published",
+    "time",
+    "hardware",
+)
 CAPTIONS = {
     "figure3": "Test error (thick, left) and training loss (thin, right) by epoch, as in the paper's Figure 3",
     "figure2": "Survival probability by block and the share of steps it was active, as in the paper's Figure 2",
@@ -60,40 +67,80 @@ def same_machine(groups: Groups) -> bool:
 
 
 def page(groups: Groups, sweep: Sequence[Record], figures: Sequence[str], command: str) -> str:
-    """results.md: each run next to the paper's, the figures, and what the compared runs show about each of its claims.
+    """results.md: each run next to the published result, constant next to stochastic depth, and the figures.
 
     `figures` are the keys of `CAPTIONS` that were drawn; `command` is the command that made the page.
     """
     compared = [record for group in groups.values() for record in group]
     records = compared + [record for record in sweep if record.path not in {record.path for record in compared}]
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    comparable = same_machine(groups)
-    values = {
-        group: dict(
-            error=np.mean([record.best["test_error"] for record in chosen]),
-            loss=np.mean([record.history[-1]["train_loss"] for record in chosen]),
-            gradients=curves(chosen, "conv1_gradient").mean(0),
-            active=curves(chosen, "active_blocks").mean(),
-            seconds=training_seconds(chosen) if comparable else None,
-        )
-        for group, chosen in groups.items()
-    }
-    return environment.get_template(TEMPLATE).render(
-        records=records,
-        constant=values.get(CONSTANT),
-        stochastic=values.get(STOCHASTIC),
-        blocks=len(records[0].survival),
-        expected=sum(groups[STOCHASTIC][0].survival) if STOCHASTIC in groups else None,
-        same_machine=comparable,
-        moved=any(len(record.before_move) < len(record.history) for record in compared),
-        epochs=records[0].options.epochs,
-        papers_epochs=records[0].protocol.epochs,
-        runs={group: len(chosen) for group, chosen in groups.items()},
-        published=[groups[group][0].published for group in (STOCHASTIC, CONSTANT) if group in groups],
-        published_seconds=paper.SECONDS,
-        duration=lambda seconds: str(timedelta(seconds=round(seconds))),
-        figures={name: CAPTIONS[name] for name in CAPTIONS if name in figures},
-        command=command,
-    )
+    blocks = [
+        "# Results",
+        "Generated from the runs' logs by",
+        f"```\n{command}\n```",
+        table(RUN_COLUMNS, map(row, records)),
+    ]
+    commands = "\n".join(record.command for record in records)
+    blocks += ["The commands that trained them, with the data in `data/` (or `--download`):", f"```\n{commands}\n```"]
+    if len(groups) == 2:
+        blocks.append(table(["mean over the runs", *groups], comparison(groups)))
+    for name, caption in CAPTIONS.items():
+        if name in figures:
+            blocks += [f"![{caption}]({name}.png)", f"*{caption}.*"]
+    return "\n\n".join(blocks) + "\n"
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def row(record: Record) -> list[object]:
+    """A run's row in the table of runs."""
+    options = record.options
+    schedule = f", {record.schedule}" if record.stochastic and record.schedule != "linear" else ""
+    moved = record.before_move != record.history
+    return [
+        f"`{options.model}`, {', '.join([options.dataset, *record.regularizers])}",
+        f"{record.survival[-1]:g}{schedule}",
+        options.seed,
+        options.epochs,
+        f"**{record.best['test_error']:.2f}%** (epoch {record.best['epoch']})",
+        f"{record.history[-1]['test_error']:.2f}%",
+        "{:.2f}% ({})".format(*record.published) if record.published else "",
+        "on several machines" if moved else timedelta(seconds=round(record.summary["seconds"])),
+        ", then ".join(map(machine, record.environments)),
+    ]
+
+
+def machine(where: dict) -> str:
+    """A machine in a few words."""
+    processes = f"{where['processes']} x " if where["processes"] > 1 else ""
+    on_cpu = where["device"] == "cpu"
+    return processes + (f"{where['processor']} (CPU), threads: {where['threads']}" if on_cpu else where["device"])
+
+
+def comparison(groups: Groups) -> list[list[object]]:
+    """The rows that compare constant and stochastic depth."""
+
+    def line(name: str, value: Callable[[list[Record]], str]) -> list[object]:
+        return [name, *(value(chosen) for chosen in groups.values())]
+
+    def gradient(epoch: int) -> Callable[[list[Record]], str]:
+        return lambda chosen: f"{curves(chosen, 'conv1_gradient').mean(0)[epoch]:.3g}"
+
+    return [
+        line("runs", lambda chosen: str(len(chosen))),
+        line(
+            "test error at the best validation error",
+            lambda chosen: f"{np.mean([record.best['test_error'] for record in chosen]):.2f}%",
+        ),
+        line("training loss in the last epoch", lambda chosen: f"{curves(chosen, 'train_loss')[:, -1].mean():.4f}"),
+        line(
+            "seconds per epoch on the machine where they began, without evaluation (median)",
+            lambda chosen: f"{training_seconds(chosen):.4g}" if same_machine(groups) else "",
+        ),
+        line("active blocks", lambda chosen: f"{curves(chosen, 'active_blocks').mean():.2f}"),
+        line("mean absolute gradient of the first convolution, first epoch", gradient(0)),
+        line("the same, last epoch", gradient(-1)),
+    ]
