@@ -152,6 +152,9 @@ print(computed)
 """
 
 
+ROW = "--skip-drop-path", "row"
+
+
 def test_the_same_gates_from_one_seed(tmp_path, run, capsys, monkeypatch):
     """Another process has drawn other numbers meanwhile, but the seed is the first one's."""
 
@@ -162,6 +165,16 @@ def test_the_same_gates_from_one_seed(tmp_path, run, capsys, monkeypatch):
 
     assert computed("1", "--same-gates") == computed("2", "--same-gates")
     assert computed("1") != computed("2")
+
+
+def test_a_model_without_weights_is_left(run, capsys):
+    run(
+        "import timm, torch\nwith torch.device('meta'):\n    print(len(list(timm.create_model('test_vit').blocks)))",
+        *ROW,
+    )
+    out, err = capsys.readouterr()
+    assert int(out) > 0
+    assert err == "python -m timm_sd: test_vit: not converted, since it is on the meta device\n"
 
 
 def test_the_mode_is_recorded_next_to_the_arguments(run, tmp_path):

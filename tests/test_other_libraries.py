@@ -4,11 +4,12 @@ from functools import cache
 from importlib.util import find_spec
 
 import pytest
+import torch
 import torchvision_models
 from same_samples import Comparison
 from timm_blocks import one_thread
 
-from timm_sd import gates
+from timm_sd import gates, skip_drop_path
 
 if find_spec("transformers"):
     import transformers_models
@@ -47,6 +48,25 @@ def test_computes_what_the_plain_model_does(name):
     assert result.left == LEFT.get(name, [])
     assert PARTS.get(name, "") in " ".join(conversion(name, "row").warnings)
     assert bool(conversion(name, "row").warnings) == (name in LEFT or name in PARTS)
+
+
+@pytest.mark.parametrize("name", [name for name in ("dinov2", "beit", "swin", "hiera") if name in FAMILIES])
+@one_thread()
+def test_gradient_checkpointing_of_transformers(name):
+    """It computes each layer's forward method again, without the layer's hooks."""
+    model, inputs = transformers_models.tiny(name)
+    network = skip_drop_path(model.train(), "row", inputs)
+    found = []
+    for enable in (network.gradient_checkpointing_disable, network.gradient_checkpointing_enable):
+        enable()
+        network.zero_grad()
+        torch.manual_seed(0)
+        output = network(**inputs) if isinstance(inputs, dict) else network(*inputs)
+        output[0].square().sum().backward()
+        found.append([p.grad for p in network.parameters() if p.grad is not None])
+    assert found[0]
+    for whole, again in zip(*found, strict=True):
+        torch.testing.assert_close(again, whole)
 
 
 @pytest.mark.parametrize("name", [name for name in BATCH_NORM if name in {*torchvision_models.MODELS, *FAMILIES}])

@@ -120,6 +120,33 @@ def test_a_block_may_checkpoint_itself(part, mode):
     check(plain, convert(block, mode), tokens())
 
 
+class ChecksWithOneDropPath(Checkpoints):
+    """Calls the same drop path for both branches; checkpoints nothing, all of itself, or the second branch."""
+
+    checkpointed = False
+
+    def __init__(self):
+        super().__init__()
+        self.drop_path2 = self.drop_path1
+
+    def forward(self, x):
+        return super().forward(x) if self.checkpointed else MyBlock.forward(self, x)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_block_that_calls_a_drop_path_twice_may_checkpoint_itself(mode):
+    plain = made(ChecksWithOneDropPath)
+    block = convert(plain, mode)
+    block.checkpointed = True
+    check(plain, block, tokens())
+    checkpointed = copy.deepcopy(plain)
+    checkpointed.checkpointed = True
+    check(plain, convert(checkpointed, mode), tokens())
+    block.part = True
+    with pytest.raises(RuntimeError, match="checkpointed in part: checkpoint the whole block"):
+        results(block, tokens())
+
+
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 @pytest.mark.parametrize("part", [False, True])
 def test_a_block_that_checkpoints_itself_with_reentrant_autograd_is_computed_in_full(part):

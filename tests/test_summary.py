@@ -36,6 +36,18 @@ def test_shares_of_samples_and_flops():
     assert abs(of_flops - 100 * skipped) < 0.1
 
 
+def test_a_call_that_is_computed_in_full():
+    """The example had no mask, so nothing is skipped with one."""
+    model = timm.create_model("test_vit", **timm_blocks.VIT, drop_path_rate=0.9).train()
+    timm_sd.skip_drop_path(model, "count")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.forward_features(torch.randn(8, 3, 32, 32), attn_mask=torch.zeros(8, 1, 1, 1))
+    assert (
+        timm_sd.summary(model).splitlines()[-1].startswith("skipped so far: 0.0% of the samples in branches, 0.0% of")
+    )
+
+
 def test_a_count_that_is_far_from_the_rates():
     """At a batch of four, a rate of 0.1 drops nothing; at ten, just what it asks for."""
     model = timm.create_model("test_vit", **timm_blocks.VIT, drop_path_rate=0.1).train()

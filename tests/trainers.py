@@ -3,19 +3,20 @@
 Not a part of the test suite, since it downloads some of these packages, each into a temporary folder of its own, as
 `packages.py` does. Every trainer trains a small model twice, as it is and converted, and evaluates it. Forward hooks
 count the rows that branches compute: fewer in training if the model is converted, and all of them in evaluation. The
-trainer's own checkpoint of the converted model must load into an unconverted one. A line is printed for each trainer;
-the exit status is 1 if one fails.
+trainer's own checkpoint of the converted model must load into an unconverted one. A line is printed for each trainer,
+and all of its output if it fails; the exit status is then 1.
 """
 
 import argparse
 import copy
 import importlib.metadata
-import logging
+import math
 import os
 import re
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -35,7 +36,7 @@ RATE, SIZE, CLASSES, BATCH, STEPS = 0.5, 32, 4, 8, 4
 VIT = dict(img_size=SIZE, num_classes=CLASSES, drop_path_rate=RATE)
 
 State = dict[str, Tensor]
-Convert = Callable[[nn.Module], nn.Module]
+Convert = Callable[..., None]  # has the arguments of skip_drop_path
 Train = Callable[[Convert, Path], tuple[float, State]]
 """Trains a model that it converts where a user would. Returns the last loss, and the state in the checkpoint."""
 
@@ -46,33 +47,28 @@ class Trainer(NamedTuple):
 
 
 class Observer:
-    """Stands for skip_drop_path, and watches what the model computes from then on."""
+    """Converts a model, or does not, and counts what its branches compute from then on."""
 
     def __init__(self, skip: bool) -> None:
         self.skip = skip
-        self.rows: Counter[bool] = Counter()  # those that branches have computed, by whether the model is in training
+        self.rows: Counter[bool] = Counter()  # by whether the model is in training
 
-    def convert(self, model: nn.Module) -> nn.Module:
-        self.model, self.unconverted = model, copy.deepcopy(model)
-        if self.skip:
-            timm_sd.skip_drop_path(model, strict=True)
-        for name, module in model.named_modules():
-            if IN_BRANCH.search(name):
-                module.register_forward_hook(self.count)
-        return model
-
-    @property
-    def count(self) -> Callable[[nn.Module, tuple, Tensor], None]:
+    def convert(self, model: nn.Module, **options: Any) -> None:
         rows = self.rows
 
-        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+        def count(module: nn.Module, args: tuple, output: Tensor) -> None:  # of a method, copies would copy `self`
             rows[module.training] += len(output)
 
-        return hook  # not a method, of which a deep copy of the model would copy the observer
+        self.model, self.unconverted = model, copy.deepcopy(model)
+        if self.skip:
+            timm_sd.skip_drop_path(model, strict=True, **options)
+        for name, module in model.named_modules():
+            if IN_BRANCH.search(name):
+                module.register_forward_hook(count)
 
 
-def samples(count: int = STEPS * BATCH, **shapes: tuple[int, ...]) -> TensorDataset:
-    return TensorDataset(torch.randn(count, 3, SIZE, SIZE), torch.randint(CLASSES, (count,)))
+def samples() -> TensorDataset:
+    return TensorDataset(torch.randn(STEPS * BATCH, 3, SIZE, SIZE), torch.randint(CLASSES, (STEPS * BATCH,)))
 
 
 def by_timm(convert: Convert, folder: Path) -> tuple[float, State]:
@@ -170,15 +166,17 @@ def by_transformers(convert: Convert, folder: Path) -> tuple[float, State]:
         drop_path_rate=RATE,
     )  # fmt: skip
     model = Dinov2ForImageClassification(config)
-    convert(model)
     args = TrainingArguments(
         output_dir=folder, num_train_epochs=1, per_device_train_batch_size=BATCH, per_device_eval_batch_size=BATCH,
-        eval_strategy="epoch", save_strategy="epoch", use_cpu=True, report_to="none", disable_tqdm=True,
+        eval_strategy="epoch", save_strategy="epoch", use_cpu=True, report_to="none",
     )  # fmt: skip
     data = [dict(pixel_values=x, labels=y) for x, y in samples()]
     trainer = Trainer(model, args, train_dataset=data, eval_dataset=data)
+    # What Trainer passes and this model hands on to its blocks; and after Trainer, which sets config.use_cache.
+    convert(model, example=dict(pixel_values=torch.randn(5, 3, SIZE, SIZE), num_items_in_batch=torch.tensor(5)))
     loss = trainer.train().training_loss
-    return loss, load_file(folder / f"checkpoint-{STEPS}" / "model.safetensors")
+    again = Dinov2ForImageClassification.from_pretrained(folder / f"checkpoint-{STEPS}")
+    return loss, again.state_dict()
 
 
 def by_fastai(convert: Convert, folder: Path) -> tuple[float, State]:
@@ -262,43 +260,33 @@ TRAINERS = {
 }
 
 
-def problems(plain: Observer, converted: Observer, loss: float, state: State) -> list[str]:
-    """What is wrong with a converted model's training, of which the plain model's is a copy."""
-    found = []
-    if not 0 < converted.rows[True] < plain.rows[True]:
-        found.append("training computes all rows")
-    if not 0 < converted.rows[False] == plain.rows[False]:
-        found.append("evaluation does not compute all rows")
-    if not torch.tensor(loss).isfinite():
-        found.append(f"the loss is {loss}")
-    trained = dict(converted.model.named_parameters())
-    if all(torch.equal(value, trained[name]) for name, value in converted.unconverted.named_parameters()):
-        found.append("no parameter has changed")
-    converted.unconverted.load_state_dict(state, strict=True)
-    x = torch.randn(BATCH, 3, SIZE, SIZE)
-    with torch.inference_mode():
-        outputs = [model.eval()(x) for model in (converted.model, converted.unconverted)]
-    outputs = [getattr(output, "logits", output) for output in outputs]
-    if not torch.equal(*outputs):
-        found.append("the checkpoint is that of another model")
-    return found
-
-
 def try_here(name: str) -> bool:
     """Try a trainer that is installed; print a line and return whether it works."""
-    observers = Observer(skip=False), Observer(skip=True)
-    for observer in observers:
+    plain, converted = Observer(skip=False), Observer(skip=True)
+    warnings.filterwarnings("error", ".*drop path")
+    for observer in (plain, converted):
         torch.manual_seed(0)
         with tempfile.TemporaryDirectory(prefix="timm-sd-") as folder:
             loss, state = TRAINERS[name].train(observer.convert, Path(folder))
-    plain, converted = observers
-    found = problems(plain, converted, loss, state)
-    (trained, all_trained), (evaluated, _) = (
-        [each.rows[mode] for each in (converted, plain)] for mode in (True, False)
-    )
-    rows = f"rows in branches: {trained} of {all_trained} in training, all {evaluated} in evaluation"
-    print(f"{name} {importlib.metadata.version(name)}: {'; '.join(found) or f'ok, {rows}'}", flush=True)
-    return not found
+    trained = converted.model.state_dict()
+    changed = any(not torch.equal(p, trained[key]) for key, p in converted.unconverted.named_parameters())
+    converted.unconverted.load_state_dict(state, strict=True)
+    failed = [
+        what
+        for what, ok in {
+            "training computes all rows": 0 < converted.rows[True] < plain.rows[True],
+            "evaluation does not compute all rows": 0 < converted.rows[False] == plain.rows[False],
+            f"the loss is {loss}": math.isfinite(loss),
+            "no parameter has changed": changed,
+            "the checkpoint differs from the model": all(torch.equal(state[key], trained[key]) for key in trained),
+        }.items()
+        if not ok
+    ]
+    rows = [f"{converted.rows[mode]} of {plain.rows[mode]} rows in" for mode in (True, False)]
+    outcome = "; ".join(failed) or "ok"
+    version = importlib.metadata.version(name)
+    print(f"{name} {version}: branches compute {rows[0]} training, {rows[1]} evaluation: {outcome}")
+    return not failed
 
 
 def try_in_folder(name: str) -> bool:
@@ -312,7 +300,12 @@ def try_in_folder(name: str) -> bool:
         paths = [folder, *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
         here = [sys.executable, "-W", "ignore", __file__, "--here", name]
-        return subprocess.run(here, env=environment).returncode == 0
+        run = subprocess.run(here, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        lines = run.stdout.splitlines()
+        if run.returncode == 0:
+            lines = [line for line in lines if line.startswith(f"{name} ")]
+        print(*lines, sep="\n", flush=True)
+        return run.returncode == 0
 
 
 def main() -> int:
@@ -322,7 +315,6 @@ def main() -> int:
     args = parser.parse_args()
     if unknown := [name for name in args.names if name not in TRAINERS]:
         parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(TRAINERS)}")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     run = try_here if args.here else try_in_folder
     return 1 - all([run(name) for name in args.names or TRAINERS])
 

@@ -62,6 +62,9 @@ def skip_in_every_model(mode: str, same_gates: bool) -> list[tuple[str, Summary]
     @functools.wraps(make)
     def create_model(model_name: str, *args, **kwargs) -> nn.Module:
         model = make(model_name, *args, **kwargs)
+        if any(parameter.is_meta for parameter in model.parameters()):
+            tell(f"{model_name}: not converted, since it is on the meta device")
+            return model
         with one_line_errors(PROG), warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
             try:

@@ -1,6 +1,5 @@
 """The gates of drop paths."""
 
-import torch
 from torch import Tensor, nn
 
 from ..gate import Gate
@@ -10,12 +9,18 @@ from .drop_paths import Kind, drop_probability
 class Tally:
     """What a gate has saved so far.
 
-    `samples` came, and of them `computed` were kept, where the rates ask for `expected`; the branch has a share
+    `samples` came, and of them `computed` were computed, where the rates ask for `expected`; the branch has a share
     `flops` of the model's.
     """
 
     samples = computed = 0
     expected = flops = 0.0
+
+    def add(self, samples: int, computed: int, expected: float) -> None:
+        """Count a call."""
+        self.samples += samples
+        self.computed += computed
+        self.expected += expected
 
 
 class DropPathGate(Gate):
@@ -55,10 +60,6 @@ class DropPathGate(Gate):
             raise RuntimeError(f"a drop path's {self.kind.attribute} is {getattr(self.drop_path, self.kind.attribute)}")
         count = self.mode == "count"
         rows = self.draw_count(size) if count else self.draw(size).expand(size).nonzero().squeeze(1)
-        if not torch.compiler.is_compiling():  # there, a number that changes would be a constant
-            self.tally.samples += size
-            self.tally.computed += len(rows)
-            self.tally.expected += size * p
         share = len(rows) / size if count and size else p
         return rows, 1 / share if share and getattr(self.drop_path, "scale_by_keep", self.kind.scaled) else 1.0
 

@@ -60,8 +60,8 @@ class Skipping:
                 found[call] = gate
         return found
 
-    def current(self, name: str) -> Pass | None:
-        """The pass in which a child is called, None if it is called from outside of the block."""
+    def current(self, called: str | None = None) -> Pass | None:
+        """The pass that is going on, also if it begins with the child that is called; None outside of the block."""
         for skipping, current in reversed(passes()):
             if skipping is self:
                 return current
@@ -70,10 +70,11 @@ class Skipping:
         # In a backward pass, a part of the block that it has checkpointed is computed again.
         key = torch._C._current_graph_task_id(), threading.get_ident(), self
         current = again.get(key)
-        if current is None or name in current.calls:
+        known = current is not None and called in current.calls
+        if current is None or (known and (called, current.calls[called]) not in self.calls):
             plan, *others = self.plans.values()
-            numbers = [number for b in plan.branches for _, number in (b.end, *b.entries)]
-            groups = [group for b in plan.branches for of_call in b.entries.values() for group in of_call.values()]
+            numbers = [number for b in plan.branches for _, number in b.entries]
+            groups = [group for b in plan.branches for group in next(iter(b.entries.values()), {}).values()]
             if others or any(numbers) or any(group > 1 for group in groups):
                 raise RuntimeError("a part of this block cannot be checkpointed: checkpoint the whole block")
             if current is None:
@@ -86,7 +87,7 @@ class Skipping:
     @torch.compiler.disable
     def is_closed(self, norm: str) -> bool:
         """Whether a normalization is called in a branch that keeps no sample."""
-        current = self.current(norm)
+        current = self.current()
         opened = current.open.items() if current is not None else ()
         return any(
             of.kept is not None and not len(of.kept) and norm in current.branches[index].norms for index, of in opened
@@ -157,7 +158,7 @@ def enter(child: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | N
 def give_back(child: nn.Module, args: tuple, output: object) -> object:
     """Forward hook on a child that is computed alone: put its rows back at once."""
     skipping, name = child.skipped
-    current = skipping.current(name)
+    current = skipping.current()
     index = current.branch((name, current.calls[name] - 1)) if current is not None else None
     if index is None or not current.branches[index].alone or current.open[index].computed is None:
         return None

@@ -71,9 +71,15 @@ class Pass:
                 return index if branch.end in self.gates else None
         return None
 
-    def begin(self, index: int, x: Tensor, size: int) -> Open:
-        """Draw the gate of a branch that begins with x, for so many rows of the drop path."""
-        rows, scale = self.gates[self.branches[index].end].draw_rows(size)
+    def begin(self, index: int, x: Tensor, size: int, in_full: bool = False) -> Open:
+        """Draw the gate of a branch for so many rows of the drop path.
+
+        The branch begins with x, or ends with it if it has been computed `in_full`.
+        """
+        gate = self.gates[self.branches[index].end]
+        rows, scale = gate.draw_rows(size)
+        if not torch.compiler.is_compiling():  # there, a number that changes would be a constant
+            gate.tally.add(size, *((size, size) if in_full else (len(rows), size * gate.survival)))
         if len(rows) == size:
             return Open(None, None, size, scale, False)
         rows = computed = rows.to(x.device, non_blocking=True)
@@ -109,7 +115,7 @@ class Pass:
                 )
             if branch.entries:
                 warn(f"the branch of {branch.drop_path} is computed in full: where it began, a module was replaced")
-            opened = self.begin(index, x, len(x))
+            opened = self.begin(index, x, len(x), in_full=True)
         if BLOCK not in branch.entries:
             self.open.pop(index, None)
         if opened.kept is None or BLOCK in branch.entries:
