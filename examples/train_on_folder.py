@@ -34,10 +34,11 @@ if not all((args.data / split).is_dir() for split in ("train", "val")):
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 classes = ImageFolder(args.data / "train").classes
-model = timm.create_model(args.model, args.pretrained, drop_path_rate=args.drop_path, num_classes=len(classes))
-if args.img_size and hasattr(model, "set_input_size"):  # others take any size
-    model.set_input_size((args.img_size, args.img_size))
-model.to(device)
+options = dict(drop_path_rate=args.drop_path, num_classes=len(classes))
+try:
+    model = timm.create_model(args.model, args.pretrained, img_size=args.img_size, **options).to(device)
+except TypeError:  # most convolutional networks take any size, and no such argument
+    model = timm.create_model(args.model, args.pretrained, **options).to(device)
 models = {"DropPath": copy.deepcopy(model)} if args.compare else {}
 models[args.mode] = timm_sd.skip_drop_path(model, args.mode)
 
@@ -46,7 +47,9 @@ if args.img_size:
     config["input_size"] = (3, args.img_size, args.img_size)
 train_set = ImageFolder(args.data / "train", timm.data.create_transform(**config, is_training=True))
 val_set = ImageFolder(args.data / "val", timm.data.create_transform(**config))
-train_loader = DataLoader(train_set, args.batch_size, shuffle=True, drop_last=True)
+if val_set.classes != classes:
+    sys.exit(f"{args.data}/train and {args.data}/val must have the same classes")
+train_loader = DataLoader(train_set, args.batch_size, shuffle=True, drop_last=len(train_set) > args.batch_size)
 val_loader = DataLoader(val_set, args.batch_size)
 optimizers = {name: torch.optim.AdamW(each.parameters(), lr=1e-4, weight_decay=0.05) for name, each in models.items()}
 

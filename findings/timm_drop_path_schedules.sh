@@ -19,7 +19,7 @@ except Exception as error:
     sys.exit(2)
 
 print("torch", torch.__version__, "timm", timm.__version__)
-print("The same drop_path_rate drops twice as much in some models as in others, which spread it linearly over the depth.")
+print("With the same drop_path_rate, some models drop every block at that rate; most spread it linearly, from 0 (no drop path).")
 
 RATE = 0.3
 LINEAR = ("vit_tiny_patch16_224", "convnext_atto", "swin_tiny_patch4_window7_224", "resnet50")

@@ -18,7 +18,7 @@ except Exception as error:
     sys.exit(2)
 
 print("torch", torch.__version__)
-print("A convolution's backward pass has twice the FLOPs of its forward pass, but FlopCounterMode's count ignores groups.")
+print("A convolution's backward pass has twice the FLOPs of its forward pass, but one of its two parts is counted without groups.")
 
 
 def ratio(groups):

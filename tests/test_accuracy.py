@@ -77,7 +77,7 @@ def test_the_page(accuracy, tmp_path, monkeypatch, command):
         (tmp_path / folder).mkdir()
     status, _, err = command("accuracy_page")
     assert status == 1
-    assert err.startswith("accuracy_page.py: results/accuracy.jsonl has no run of ('ViT', 'DropPath', 0) and 49 others")
+    assert err.startswith("accuracy_page.py: results/accuracy.jsonl has no run of ('ViT', 'DropPath', 0) and 55 others")
     finals = {"DropPath": [40, 42, 41, 43, 44], "row": [40.5, 42.5, 40.5, 43.5, 43.5], "count": [45, 47, 46, 48, 49.1]}
     runs = [
         dict(network=network, arm=arm, seed=seed, errors=[60, final], flops=0.9, torch="2.14.1+cpu", timm="1")

@@ -175,7 +175,7 @@ def test_other_image_sizes(size):
         ("drop_path_rate", -0.1, r"drop_path_rate=-0\.1, but it must lie in \[0, 1\)"),
         ("drop_path_rate", float("nan"), r"drop_path_rate=nan, but it must lie in \[0, 1\)"),
         ("drop_path_schedule", "cosine", r"schedule='cosine', but it must be one of 'linear', 'uniform'"),
-        ("drop_path_mode", "pixel", r"drop_path_mode='pixel', but it must be one of 'batch', 'row', 'count'"),
+        ("drop_path_mode", "pixel", r"drop_path_mode='pixel', but it must be one of 'row', 'count', 'batch'"),
         ("drop_rate", 1.5, r"drop_rate=1\.5, but it must lie in \[0, 1\]"),
         ("global_pool", "median", r"global_pool='median', but it must be one of 'avg', 'max'"),
         ("global_pool", "", r"global_pool='' requires num_classes=0, but num_classes=10"),
@@ -354,7 +354,8 @@ def test_moving_average(make, decay):
     network = create()
     average = make(network)
     update = average.update_parameters if isinstance(average, AveragedModel) else average.update
-    average.eval()
+    if isinstance(average, ModelEmaV3):  # the other one stays in training
+        average.eval()
     before = average.module.conv1.weight.detach().clone()
     update(network)  # AveragedModel's first is a copy
     with torch.no_grad():
@@ -367,7 +368,6 @@ def test_moving_average(make, decay):
     expected = [1 - decay * (1 - p) for p in own]
     state = average.module.state_dict()
     assert [state[key].item() for key in state if key.endswith("survival")] == pytest.approx(expected)
-    assert [gate.survival for gate in gates(average)] == pytest.approx(expected)
 
     plain = create(drop_path_rate=0.0).eval()
     for block, p in zip(stochastic_blocks(plain), expected, strict=True):
@@ -376,8 +376,10 @@ def test_moving_average(make, decay):
     for name, value in state.items():
         if not name.endswith(("survival", "branch.bn2.weight", "branch.bn2.bias")):
             plain.state_dict()[name].copy_(value)
-    torch.testing.assert_close(average.module(images()), plain(images()))
+    for moved in (average.module, copy.deepcopy(average.module).double().float()):
+        torch.testing.assert_close(moved.eval()(images()), plain(images()))
 
+    assert [gate.survival for gate in gates(average)] == pytest.approx(expected)
     average.module.train()
     assert [gate.survival for gate in gates(average)] == pytest.approx(expected)
     for other in (copy.deepcopy(average.module), average.module.bfloat16().float()):
@@ -401,3 +403,22 @@ def test_without_memory():
         other.load_state_dict(weights.state_dict(), assign=assign)
         torch.testing.assert_close(other(images()), weights(images()))
         assert [gate.survival for gate in gates(other)] == survival_probabilities(9, 0.5)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_weights_that_are_read_in_place(training):
+    """As by PyTorch's distributed checkpoints, before they are passed to load_state_dict."""
+    network, trained = create().train(training), create(drop_path_rate=0.2).eval()
+    state = network.state_dict()
+    for key, value in trained.state_dict().items():
+        state[key].copy_(value)
+    network.load_state_dict(state)
+    assert [gate.survival for gate in gates(network.train())] == survival_probabilities(9, 0.5)
+    torch.testing.assert_close(network.eval()(images()), trained(images()))
+
+
+def test_a_network_made_in_inference_mode():
+    with torch.inference_mode():
+        network = create()
+    gates(network)[0].survival = 0.25
+    assert stochastic_blocks(network.double())[0].survival == 0.25

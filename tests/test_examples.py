@@ -63,6 +63,19 @@ def test_train_on_folder(data, run, hub):
     assert hub.requests == []
 
 
+def test_it_learns(data, run):
+    torch.manual_seed(0)
+    _, out = run(data, "--model", "test_vit", "--epochs", 8, "--batch-size", 30, "--img-size", 64)
+    accuracies = [float(accuracy) for accuracy in re.findall(r"accuracy (\d+\.\d)%", out)]
+    assert accuracies[-1] > 60
+
+
+def test_other_classes_to_validate_with(data, run):
+    (data / "val" / "red").rename(data / "val" / "yellow")
+    with pytest.raises(SystemExit, match="must have the same classes"):
+        run(data, "--model", "test_vit")
+
+
 def test_another_layout(data, run):
     with pytest.raises(SystemExit, match=f"{data / 'train'} needs the folders train and val"):
         run(data / "train")

@@ -126,6 +126,12 @@ def test_a_runs_folder_is_loaded_too(run, tmp_path):
         timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
 
 
+def test_a_folder_of_a_run_with_default_options_is_loaded(few_images, tmp_path):
+    training.train(Options("cifar_resnet20_sd", "synthetic", epochs=1, output=tmp_path))
+    network = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    assert gates(network)[-1].survival == 0.5
+
+
 def test_a_loaded_network_adapts_like_any_timm_model(publish, run, tmp_path):
     publish()
     expected = logits_of_run(run)
@@ -223,7 +229,7 @@ def test_an_unknown_token(publish, hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_no_such_token")
     status, _, err = publish()
     assert status == 1
-    assert re.match(rf"publish.py: uploading to {REPO} failed \(.*401.*\): publish again", err)
+    assert re.match(rf"publish.py: uploading to {REPO} failed \(.*401.*\): solve that and publish again", err)
     assert "hf_no_such_token" not in err
     assert err.count("\n") == 1
     assert not hub.folder(REPO).exists()
@@ -232,7 +238,7 @@ def test_an_unknown_token(publish, hub, monkeypatch):
 def test_the_namespace_of_another_user(publish, hub):
     status, _, err = publish(repo_id="bob/small-sd")
     assert status == 1
-    assert re.match(r"publish.py: uploading to bob/small-sd failed \(.*403.*\): publish again", err)
+    assert re.match(r"publish.py: uploading to bob/small-sd failed \(.*403.*\): solve that and publish again", err)
     assert err.count("\n") == 1
     assert not hub.folder("bob/small-sd").exists()
     hub.create("bob/small-sd")
@@ -250,7 +256,9 @@ def test_an_error_during_the_upload_and_a_retry(publish, hub, request_, tmp_path
     hub.faults[request_] = 501  # the client does not retry after this one
     status, _, err = publish()
     assert status == 1
-    assert re.match(rf"publish.py: uploading to {REPO} failed \(.*501.*something broke.*\): publish again", err)
+    assert re.match(
+        rf"publish.py: uploading to {REPO} failed \(.*501.*something broke.*\): solve that and publish again", err
+    )
     assert err.count("\n") == 1
     assert hub.commits(REPO) == ["initial commit"]
     assert publish()[0] == 0

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import subprocess
 import sys
 from itertools import chain
@@ -274,7 +275,10 @@ def test_the_interval_is_that_of_paired_differences():
     assert benchmark.paired_ratio(times, base) == (0.5, 0.0)
     ratio, interval = benchmark.paired_ratio([1.0, 1.0, 1.0], base)
     assert ratio == 0.5
-    assert interval == pytest.approx(1.96 * 0.5 / 2 / 3**0.5)  # of 0.5, 0 and -0.5, relative to a mean of 2
+    # Differences of 0.5, 0 and -0.5, relative to a mean of 2; Student's t for 2 and 24 degrees of freedom.
+    assert interval == pytest.approx(4.303 * 0.5 / 2 / 3**0.5, rel=0.12)
+    _, interval = benchmark.paired_ratio([1.0, 3.0] * 12 + [2.0], [2.0] * 25)
+    assert interval == pytest.approx(2.064 / 2 / 25**0.5, rel=0.01)
 
 
 def test_memory_kept_for_the_backward_pass():
@@ -288,8 +292,8 @@ def test_memory_kept_for_the_backward_pass():
     [
         (["no_such_model"], "no_such_model with drop path rate 0.1: Unknown model"),
         (["vgg11"], r"vgg11 with drop path rate 0.1: .*drop_path_rate"),
-        (["test_vit", "--drop-path", "0"], "test_vit: nothing is skipped: the model has no drop path"),
-        (["test_vit", "--drop-path", "2"], "test_vit: a drop path has probability 1.*in \\[0, 1\\]"),
+        (["cifar_resnet20_sd"], "cifar_resnet20_sd skips by itself"),
+        (["local-dir:/nowhere"], "local-dir:/nowhere with drop path rate 0.1: "),
         (["test_convnext", "--batch-size", "2", "--img-size", "8"], "images of 2x3x8x8: "),
     ],
 )
@@ -297,6 +301,19 @@ def test_what_cannot_be_benchmarked(monkeypatch, args, message):
     monkeypatch.setattr(sys, "argv", ["__main__.py", "--benchmark", *args])
     with pytest.raises(SystemExit, match=f"^python -m timm_sd: {message}"):
         main()
+
+
+@pytest.mark.parametrize("flags", [("--drop-path", "0"), ("--drop-path", "nan"), ("--batch-size", "-3")])
+def test_wrong_flags_of_the_benchmark(monkeypatch, capsys, flags):
+    monkeypatch.setattr(sys, "argv", ["__main__.py", "--benchmark", "test_vit", *flags])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert re.search(f"{flags[0]}.*: (it|they) must ", capsys.readouterr().err)
+
+
+def test_a_drop_probability_above_1_is_reported_in_one_line(run):
+    with pytest.raises(SystemExit, match=r"auto, test_vit: a drop path has probability .* must lie in \[0, 1\]$"):
+        run("import timm; timm.create_model('test_vit', drop_path_rate=1.5)", "--skip-drop-path", "auto")
 
 
 def test_benchmark_of_a_model_with_batch_normalization(timed):

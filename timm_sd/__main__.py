@@ -5,7 +5,7 @@ drop paths drop. One line says what is skipped when a model is created, and a fe
 script ends. The mode is recorded in `timm_sd.json`, next to the `args.yaml` of timm's scripts.
 
 `python -m timm_sd --benchmark MODEL [--drop-path RATE] [--batch-size N] [--img-size PIXELS] [--amp]` times each mode
-for a timm model on this machine, in about a minute, and says which to use.
+for a timm model on this machine, and says which to use.
 """
 
 import argparse
@@ -70,8 +70,9 @@ def skip_in_every_model(mode: str, same_gates: bool) -> list[tuple[str, Summary]
             try:
                 skip_drop_path(model, mode)
             except ValueError as error:
-                cause = str(error).partition(": use")[0]  # what follows is for Python code
-                raise UserError(f"--skip-drop-path {mode}, {model_name}: {cause}: use mode auto or batch") from error
+                cause, other_mode, _ = str(error).partition(": use mode=")  # which is for Python code
+                way_out = ": use mode auto or batch" if other_mode else ""
+                raise UserError(f"--skip-drop-path {mode}, {model_name}: {cause}{way_out}") from error
         for warning in warned:
             tell(f"{model_name}: {warning.message}")
         if own := gates(model):

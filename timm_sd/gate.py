@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-MODES = ("batch", "row", "count")
+MODES = ("row", "count", "batch")
 
 
 def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:

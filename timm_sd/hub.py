@@ -121,9 +121,9 @@ def upload(folder: Path, repo_id: str, private: bool, revision: str | None, mess
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         commit = api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, commit_message=message)
     except (HTTPError, RuntimeError, OSError, ValueError) as error:  # the HTTP library's, and the client's own
-        said = _without_token(f"{error} {error.__cause__ or ''}")  # upload errors have their cause there
-        again = "publish again, which does not repeat finished uploads"
-        raise UserError(f"uploading to {repo_id} failed ({said.strip()}): {again}") from error
+        cause = error.__cause__ if type(error) is RuntimeError else None  # of an upload in parts
+        said = _without_token(str(cause or error))
+        raise UserError(f"uploading to {repo_id} failed ({said}): solve that and publish again") from error
     return one_line(_without_token(commit.commit_url))
 
 

@@ -8,7 +8,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from . import pretrained
 from .cifar_resnet import DEPTHS, CifarResNet
 from .files import read_sums
-from .options import Options
+from .options import GROUPS, RUN, Options
 from .record import Record
 
 TEMPLATE = Path(__file__).parent / "model_card.md.jinja"
@@ -27,8 +27,8 @@ def deviations(record: Record) -> list[str]:
     ours = record.options
     theirs = Options(ours.model, "cifar10" if ours.dataset == "synthetic" else ours.dataset)
     found = []
-    for name in ("epochs", "batch_size", "lr", "lr_schedule", "weight_decay"):
-        if getattr(ours, name) != getattr(theirs, name):
+    for name in ours.changed:
+        if GROUPS[name] == RUN and not name.startswith("drop_path"):
             words = name.replace("lr", "learning rate").replace("_", " ")
             found.append(f"{words} {getattr(ours, name)} (paper: {getattr(theirs, name)})")
     found += [f"{regularizer} (paper: none)" for regularizer in record.regularizers]

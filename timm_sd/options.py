@@ -25,6 +25,7 @@ RUN, REGULARIZATION, COMPUTATION, OUTPUT = "training", "regularization", "comput
 COUNT = (lambda value: value >= 1, "positive")
 FRACTION = (lambda value: 0 <= value < 1, "in [0, 1)")
 NOT_NEGATIVE = (lambda value: value >= 0, "0 or more")
+ALPHA = (lambda value: value == 0 or 1e-6 <= value <= 1e6, "0, or in [1e-6, 1e6]")  # others overflow
 
 
 def is_model(name: str) -> bool:
@@ -109,10 +110,8 @@ class Options:
         "probability that a rectangle of an image is erased",
         valid=(lambda p: 0 <= p <= 1, "in [0, 1]"),
     )
-    mixup: float = option(0.0, REGULARIZATION, "alpha of mixup", valid=NOT_NEGATIVE)
-    cutmix: float = option(
-        0.0, REGULARIZATION, "alpha of CutMix; with mixup, each batch gets one of them", valid=NOT_NEGATIVE
-    )
+    mixup: float = option(0.0, REGULARIZATION, "alpha of mixup", valid=ALPHA)
+    cutmix: float = option(0.0, REGULARIZATION, "alpha of CutMix; with mixup, each batch gets one of them", valid=ALPHA)
     dropout: float = option(0.0, REGULARIZATION, "probability of dropout before the classifier", valid=FRACTION)
     ema_decay: float = option(
         0.0,

@@ -66,21 +66,23 @@ class BranchGate(Gate):
 
     @property
     def survival(self) -> float:
-        if not self.training and not self.block.survival.is_meta:
-            averaged = self.block.survival.item()
-            if averaged != np.float32(self.probability):
-                return averaged
-        return self.probability
+        return self.probability if self.training else self.of_block()
 
     @survival.setter
     def survival(self, probability: float) -> None:
         self.probability = probability
-        self.block.survival.fill_(probability)
+        self.block.survival = torch.full_like(self.block.survival, probability)
+
+    def of_block(self) -> float:
+        """The block's survival probability: as it was set, unless it has been averaged since."""
+        if self.block.survival.is_meta or self.block.survival.item() == np.float32(self.probability):
+            return self.probability
+        return self.block.survival.item()
 
     def train(self, mode: bool = True) -> "BranchGate":
         """Enter training or evaluation."""
         if mode and not self.training:
-            self.probability = self.survival
+            self.probability = self.of_block()
         return super().train(mode)
 
     @torch.jit.unused
@@ -178,9 +180,9 @@ class StochasticDepth(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "StochasticDepth":
         # The probability stays exact in half precision, and stays at all if a device gets memory with nothing in it.
-        survival = self.gate.survival
+        survival = self.gate.of_block()
         super()._apply(fn, recurse)
-        self.survival = self.survival.float().fill_(survival)
+        self.survival = torch.full_like(self.survival, survival, dtype=torch.float32)
         return self
 
     def _load_from_state_dict(
@@ -189,17 +191,17 @@ class StochasticDepth(nn.Module):
         trained = state_dict.get(prefix + "survival")
         if trained is not None:
             # Half-precision checkpoints hold rounded probabilities, which are equal to ours if ours round to them.
-            trained = trained.cpu()
+            device, trained = trained.device, trained.cpu()
             if not trained.is_floating_point() or trained.numel() != 1 or not 0 < trained.item() <= 1:
                 raise RuntimeError(f"the weights are damaged: {prefix}survival is not a probability in (0, 1]")
-            own = torch.tensor(self.gate.survival, dtype=torch.float32, device="cpu")
+            own = torch.tensor(self.gate.probability, dtype=torch.float32, device="cpu")
             if own.to(trained.dtype) != trained:
                 last, module = list(self.branch.named_children())[-1]
                 for name, _ in module.named_parameters():
                     key = f"{prefix}branch.{last}.{name}"
                     if key in state_dict:
                         state_dict[key] = state_dict[key] * (trained / own).item()
-            state_dict[prefix + "survival"] = own
+            state_dict[prefix + "survival"] = own.to(device)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, *args)
 
 

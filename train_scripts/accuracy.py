@@ -25,11 +25,12 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from timm_sd import data, draw_gates, gates, skip_drop_path, use_gates
+from timm_sd import data, draw_gates, gates, machine, skip_drop_path, use_gates
 from timm_sd.command_line import Parser, one_line_errors, path
 from timm_sd.evaluation import evaluate
 from timm_sd.files import writing
-from timm_sd.skip.benchmark import DROP_PATH, MODES
+from timm_sd.gate import MODES
+from timm_sd.skip.benchmark import DROP_PATH
 
 ARMS = (DROP_PATH, *MODES, NONE)
 NETWORKS: dict[str, Callable[[float], nn.Module]] = {
@@ -42,7 +43,7 @@ NETWORKS: dict[str, Callable[[float], nn.Module]] = {
     ),
 }  # fmt: skip
 LOG = Path("results/accuracy.jsonl")
-RATE = 0.2
+RATE, SEEDS = 0.2, 5
 EPOCHS, BATCH_SIZE = 8, 128
 LEARNING_RATE, WEIGHT_DECAY, WARMUP_EPOCHS, MAX_NORM = 2e-3, 0.05, 1, 1.0
 EXACT_STEPS = 200
@@ -174,18 +175,16 @@ def read() -> list[dict[str, object]]:
 def parse_args() -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("--data-dir", type=path, default=Path("data"), help="the folder of CIFAR-10")
-    parser.add_argument("--seeds", type=int, default=5, help="runs of each network and arm")
-    parser.add_argument("--workers", type=int, default=2, help="runs at a time, with one thread each")
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_args()
     jobs = [(name, mode, None) for name in NETWORKS for mode in MODES]
-    jobs += [(name, arm, seed) for seed in range(args.seeds) for name in NETWORKS for arm in ARMS]
+    jobs += [(name, arm, seed) for seed in range(SEEDS) for name in NETWORKS for arm in ARMS]
     done = {(run["network"], run["arm"], run["seed"]) for run in read()}
     jobs = [job for job in jobs if job not in done]
-    with one_line_errors("accuracy.py"), get_context("spawn").Pool(args.workers) as pool:
+    with one_line_errors("accuracy.py"), get_context("spawn").Pool(machine.cores()) as pool:
         data.load("cifar10", args.data_dir)  # before any process complains
         results = pool.imap_unordered(partial(run, data_dir=args.data_dir), jobs)
         for result in tqdm(results, total=len(jobs), unit="run"):

@@ -6,7 +6,7 @@ import start  # noqa: F401
 from pathlib import Path
 
 import numpy as np
-from accuracy import ARMS, BATCH_SIZE, EPOCHS, EXACT_STEPS, LOG, MARGIN, NETWORKS, RATE, read
+from accuracy import ARMS, BATCH_SIZE, EPOCHS, EXACT_STEPS, LOG, MARGIN, NETWORKS, RATE, SEEDS, read
 from benchmark_timm import COLORS, NONE
 from matplotlib.figure import Figure
 
@@ -14,10 +14,10 @@ from timm_sd import figures
 from timm_sd.command_line import Parser, one_line_errors, say
 from timm_sd.errors import UserError
 from timm_sd.files import write, writing
-from timm_sd.skip.benchmark import DROP_PATH, MODES
+from timm_sd.gate import MODES
+from timm_sd.skip.benchmark import DROP_PATH
 
 PAGE = Path("docs/accuracy.md")
-SEEDS = 5
 STUDENT = 2.776  # the t for 95%, two-sided, with SEEDS - 1 degrees of freedom
 STYLES = {DROP_PATH: ("black", "-"), **{mode: (COLORS[mode], "-") for mode in MODES}, NONE: ("0.6", "--")}
 
@@ -37,8 +37,8 @@ A margin of **{margin:g} percentage point** was set before the first run: a mode
 Student's, with {freedom} degrees of freedom.
 
 {tables}
-FLOPs are those of the training steps, for the gates that were drawn. Times would say nothing, since the machine had
-other work to do.
+FLOPs are those of a forward pass in training, for the gates that were drawn. Times would say nothing, since the machine
+had other work to do.
 
 ## With the same gates, the same losses
 
@@ -116,6 +116,7 @@ def main() -> None:
     with one_line_errors("accuracy_page.py"):
         runs = {(run["network"], run["arm"], run["seed"]): run for run in read()}
         wanted = [(network, arm, seed) for network in NETWORKS for arm in ARMS for seed in range(SEEDS)]
+        wanted += [(network, mode, None) for network in NETWORKS for mode in MODES]
         if missing := [key for key in wanted if key not in runs]:
             raise UserError(f"{LOG} has no run of {missing[0]} and {len(missing) - 1} others: run accuracy.py first")
         per_arm = {n: {arm: [runs[n, arm, seed] for seed in range(SEEDS)] for arm in ARMS} for n in NETWORKS}
@@ -127,7 +128,7 @@ def main() -> None:
         for network in NETWORKS:
             differences = (f"{runs[network, mode, None]['difference']:.0e}" for mode in MODES)
             exact.append(f"| {network} | {' | '.join(differences)} |")
-        some = next(iter(runs[key] for key in wanted))
+        some = runs[wanted[0]]
         page = TEXT.format(
             rate=RATE,
             seeds=SEEDS,

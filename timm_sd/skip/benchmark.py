@@ -12,12 +12,11 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ..command_line import Parser
 from ..errors import UserError
-from ..gate import gates
+from ..gate import MODES, gates
 from .convert import skip_drop_path
 
 DROP_PATH = "DropPath"  # timm's own, which computes every branch
-MODES = ("row", "count", "batch")  # in order of preference: "row" has the distribution of DropPath
-SECONDS, LEAST_TURNS = 60, 3
+SECONDS, LEAST_TURNS = 60, 5
 Step = Callable[[], None]
 
 
@@ -29,7 +28,12 @@ def parse_args(args: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=64, metavar="N")
     parser.add_argument("--img-size", type=int, metavar="PIXELS", help="height and width; the model's own by default")
     parser.add_argument("--amp", action="store_true", help="autocast to bfloat16")
-    return parser.parse_args(args)
+    options = parser.parse_args(args)
+    if not 0 < options.drop_path < 1:
+        parser.error(f"--drop-path {options.drop_path:g}: it must lie between 0 and 1")
+    if options.batch_size < 1 or (options.img_size or 1) < 1:
+        parser.error("--batch-size and --img-size: they must be positive")
+    return options
 
 
 def benchmark(args: Sequence[str]) -> Iterator[str]:
@@ -41,6 +45,8 @@ def benchmark(args: Sequence[str]) -> Iterator[str]:
     options = parse_args(args)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     networks, refused = {DROP_PATH: create(options)}, {}
+    if gates(networks[DROP_PATH]):
+        raise UserError(f"{options.model} skips by itself: train_scripts/benchmark.py compares it with DropPath")
     for mode in MODES:
         try:
             networks[mode] = skip_drop_path(create(options), mode, strict=True)
@@ -81,7 +87,7 @@ def create(options: argparse.Namespace) -> nn.Module:
     for size in sizes:
         try:
             return timm.create_model(options.model, drop_path_rate=options.drop_path, **size)
-        except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        except (AssertionError, OSError, RuntimeError, TypeError, ValueError) as error:
             reason = error
     raise UserError(f"{options.model} with drop path rate {options.drop_path:g}: {reason}")
 
@@ -134,14 +140,16 @@ def now() -> float:
 
 
 def paired_ratio(times: list[float], base: list[float]) -> tuple[float, float]:
-    """The ratio of the mean times of steps that took turns, and half of its 95% interval."""
+    """The ratio of the mean times of at least five steps that took turns, and half of its 95% interval."""
     ratio = statistics.mean(times) / statistics.mean(base)
     errors = [ours - ratio * theirs for ours, theirs in zip(times, base, strict=True)]
-    return ratio, 1.96 * statistics.stdev(errors) / statistics.mean(base) / len(errors) ** 0.5
+    freedom = len(errors) - 1
+    student = 1.96 + 2.372 / freedom + 2.823 / freedom**2  # within 2% of Student's t
+    return ratio, student * statistics.stdev(errors) / statistics.mean(base) / len(errors) ** 0.5
 
 
 def advice(times: dict[str, list[float]]) -> str:
-    """Which mode to use: the first, unless a later one is faster beyond the noise."""
+    """Which mode to use: "row", which has the distribution of DropPath, unless another is faster beyond the noise."""
     best, *others = (mode for mode in MODES if mode in times)
     for mode in others:
         ratio, interval = paired_ratio(times[mode], times[best])
