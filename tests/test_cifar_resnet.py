@@ -11,11 +11,12 @@ from timm.data import resolve_model_data_config
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.flop_counter import FlopCounterMode
 
 import timm_sd
-from timm_sd import gates, survival_probabilities
+from timm_sd import StochasticDepth, gates, survival_probabilities
 from timm_sd.stochastic_depth import stochastic_blocks
 
 NAMES = [f"cifar_resnet{depth}{suffix}" for depth in (20, 32, 44, 56, 110, 152, 1202) for suffix in ("", "_sd")]
@@ -405,16 +406,61 @@ def test_without_memory():
         assert [gate.survival for gate in gates(other)] == survival_probabilities(9, 0.5)
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_weights_that_are_read_in_place(training):
+def test_weights_that_are_read_in_place():
     """As by PyTorch's distributed checkpoints, before they are passed to load_state_dict."""
-    network, trained = create().train(training), create(drop_path_rate=0.2).eval()
+    network, trained = create().train(), create(drop_path_rate=0.2).eval()
     state = network.state_dict()
     for key, value in trained.state_dict().items():
         state[key].copy_(value)
     network.load_state_dict(state)
-    assert [gate.survival for gate in gates(network.train())] == survival_probabilities(9, 0.5)
+    assert [gate.survival for gate in gates(network)] == survival_probabilities(9, 0.5)
     torch.testing.assert_close(network.eval()(images()), trained(images()))
+
+
+def test_an_average_loads_its_own_state_dict():
+    network = create()
+    average = ModelEmaV3(network, decay=0.9)
+    for gate in gates(network):
+        gate.survival = 1.0
+    average.update(network)
+    state = copy.deepcopy(average.module.state_dict())
+    average.module.load_state_dict(state)
+    assert all(map(torch.equal, state.values(), average.module.state_dict().values()))
+
+
+def test_probabilities_may_change_while_a_gradient_is_computed():
+    network = create().eval()
+    gradients = []
+    for probability in 0.5, 0.9:
+        network.zero_grad()
+        gates(network)[-1].survival = 0.5
+        loss = network(images()).square().sum()
+        with torch.inference_mode():
+            gates(network)[-1].survival = probability
+        loss.backward()
+        gradients.append(network.conv1.weight.grad)
+    assert torch.equal(*gradients)
+    network(images()).sum().backward()
+
+
+def test_probabilities_stay_in_shared_memory():
+    network = create().share_memory()
+    gates(network)[0].survival = 0.25
+    assert stochastic_blocks(network)[0].survival.is_shared()
+
+
+def test_the_probability_is_not_rounded_beside_a_float32_shortcut():
+    branch = nn.Sequential(nn.Linear(8, 8))
+    block = StochasticDepth(branch, nn.Identity(), nn.Identity(), 17 / 18).eval()
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        x = torch.zeros(4, 8)
+        torch.testing.assert_close(block(x), 17 / 18 * branch(x).float(), rtol=1e-6, atol=0)
+
+
+def test_without_data():
+    with FakeTensorMode():
+        block = StochasticDepth(nn.Sequential(nn.Linear(8, 8)), nn.Identity(), nn.ReLU(), 0.5).eval().train()
+        assert "survival=0.5000" in repr(block)
 
 
 def test_a_network_made_in_inference_mode():

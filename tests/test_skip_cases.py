@@ -120,6 +120,38 @@ def test_a_block_may_checkpoint_itself(part, mode):
     check(plain, convert(block, mode), tokens())
 
 
+class ChangesItself(MyBlock):
+    """Changes its drop paths when it is called."""
+
+    def change(self):
+        pass
+
+    def forward(self, x):
+        self.change()
+        return super().forward(x)
+
+
+def test_a_drop_path_that_changes_when_its_block_is_called():
+    block = convert(made(ChangesItself, drop_path=0.5), "batch")
+    block.change = lambda: block.drop_path1.eval()
+    x = torch.randn(64, 3, DIM, dtype=torch.float64)
+    block.drop_path2.drop_prob = 1e-9
+    torch.testing.assert_close(block(x), made(MyBlock).eval()(x))
+    block.drop_path1.train().drop_prob = 0.0
+    block.change = lambda: setattr(block.drop_path1, "drop_prob", 0.5)
+    block.drop_path1.drop_prob = 0.0
+    block(x)
+    assert block.drop_path1.gate.tally.computed in (0, 64)
+    assert block.drop_path1.gate.tally.samples == 64
+
+
+def test_a_drop_path_that_is_replaced_by_a_module_with_a_gate():
+    block = convert(made(MyBlock))
+    block.drop_path1 = nn.Identity()
+    block.drop_path1.gate = nn.Parameter(torch.ones(()))
+    block(tokens()).sum().backward()
+
+
 class ChecksWithOneDropPath(Checkpoints):
     """Calls the same drop path for both branches; checkpoints nothing, all of itself, or the second branch."""
 

@@ -71,13 +71,13 @@ class BranchGate(Gate):
     @survival.setter
     def survival(self, probability: float) -> None:
         self.probability = probability
-        self.block.survival = torch.full_like(self.block.survival, probability)
+        self.block.set_buffer(probability)
 
     def of_block(self) -> float:
         """The block's survival probability: as it was set, unless it has been averaged since."""
-        if self.block.survival.is_meta or self.block.survival.item() == np.float32(self.probability):
-            return self.probability
-        return self.block.survival.item()
+        buffer = self.block.survival
+        unreadable = buffer.is_meta or type(buffer) is not Tensor  # such as a FakeTensor
+        return self.probability if unreadable or buffer.item() == np.float32(self.probability) else buffer.item()
 
     def train(self, mode: bool = True) -> "BranchGate":
         """Enter training or evaluation."""
@@ -175,14 +175,25 @@ class StochasticDepth(nn.Module):
             )
         if self.training and self.survival < 1:
             raise RuntimeError("TorchScript cannot train with stochastic depth: call eval(), or use torch.compile")
-        f = self.branch(x)
-        return self.activation(torch.addcmul(self.shortcut(x), f, self.survival.to(f.dtype)))
+        f, s = self.branch(x), self.shortcut(x)
+        # A copy, since autograd may keep it while the probability changes.
+        p = self.survival.to(s.dtype, copy=True)
+        return self.activation(torch.addcmul(s, f, p))
+
+    @torch.jit.ignore
+    def set_buffer(self, survival: float) -> None:
+        """Set the buffer alone."""
+        if self.survival.is_inference():  # it can only be replaced
+            self.survival = torch.full_like(self.survival, survival)
+        else:
+            self.survival.fill_(survival)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "StochasticDepth":
         # The probability stays exact in half precision, and stays at all if a device gets memory with nothing in it.
         survival = self.gate.of_block()
         super()._apply(fn, recurse)
-        self.survival = torch.full_like(self.survival, survival, dtype=torch.float32)
+        self.survival = self.survival.float()
+        self.set_buffer(survival)
         return self
 
     def _load_from_state_dict(
@@ -194,7 +205,7 @@ class StochasticDepth(nn.Module):
             device, trained = trained.device, trained.cpu()
             if not trained.is_floating_point() or trained.numel() != 1 or not 0 < trained.item() <= 1:
                 raise RuntimeError(f"the weights are damaged: {prefix}survival is not a probability in (0, 1]")
-            own = torch.tensor(self.gate.probability, dtype=torch.float32, device="cpu")
+            own = torch.tensor(self.gate.survival, dtype=torch.float32, device="cpu")
             if own.to(trained.dtype) != trained:
                 last, module = list(self.branch.named_children())[-1]
                 for name, _ in module.named_parameters():

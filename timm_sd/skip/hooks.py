@@ -40,7 +40,7 @@ class Skipping:
     def new_pass(self, args: tuple, kwargs: dict) -> Pass:
         """A pass of the block."""
         gates = self.gates()
-        if not gates or _in_vmap():
+        if not any(gate.can_close() for gate in gates.values()) or _in_vmap():
             return Pass(Plan((), ()), {}, [])
         kind, values = kind_of_call(args, kwargs)
         plan = self.plans.get(kind)
@@ -50,13 +50,13 @@ class Skipping:
         return Pass(plan, gates, values)
 
     def gates(self) -> dict[tuple[str, int], DropPathGate]:
-        """The gate of each call of a drop path that can be closed now and has not been replaced."""
+        """The gate of each call of a drop path that has not been replaced."""
         found = {}
         for call, path in self.calls.items():
             gate = self.block
             for name in path:
                 gate = getattr(gate, name, None)
-            if gate is not None and gate.can_close():
+            if isinstance(gate, DropPathGate):
                 found[call] = gate
         return found
 

@@ -55,7 +55,7 @@ class Pass:
         """
         Args:
             plan: The plan to follow.
-            gates: The gate of each call of a drop path that can be closed.
+            gates: The gate of each call of a drop path that has not been replaced.
             inputs: The tensors that the block is called with, None if only a part of it is computed again.
         """
         self.branches, self.gates, self.inputs, self.part = plan.branches, gates, inputs or [], inputs is None
@@ -68,7 +68,8 @@ class Pass:
         """The index of the branch that begins or ends with this call; None if it cannot be skipped now."""
         for index, branch in enumerate(self.branches):
             if call in branch.entries or call == branch.end:
-                return index if branch.end in self.gates else None
+                gate = self.gates.get(branch.end)
+                return index if gate is not None and gate.can_close() else None
         return None
 
     def begin(self, index: int, x: Tensor, size: int, in_full: bool = False) -> Open:
