@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,16 @@ def test_results(command, tmp_path, monkeypatch):
     ratio = training_seconds(records[1:]) / training_seconds(records[:1])
     told = (ROOT / "docs" / "results.md").read_text()
     assert all(text in told for text in [*rows, command_line, *(record.command for record in records), f"{ratio:.3f}"])
+
+
+def test_accuracy(command, tmp_path, monkeypatch):
+    for folder in ("results", "docs"):
+        (tmp_path / folder).mkdir()
+    shutil.copy(ROOT / "results" / "accuracy.jsonl", tmp_path / "results")
+    monkeypatch.chdir(tmp_path)
+    assert command("accuracy_page")[0] == 0
+    assert (tmp_path / "docs" / "accuracy.md").read_text() == (ROOT / "docs" / "accuracy.md").read_text()
+    assert texts(tmp_path / "docs" / "accuracy.svg") == texts(ROOT / "docs" / "accuracy.svg")
 
 
 @pytest.mark.parametrize("card", CARDS, ids=NAMES)

@@ -126,8 +126,8 @@ def main() -> None:
         modes = " | ".join(f'`"{mode}"`' for mode in MODES)
         exact = [f"| | {modes} |", "| --- |" + " --- |" * len(MODES)]
         for network in NETWORKS:
-            differences = (f"{runs[network, mode, None]['difference']:.0e}" for mode in MODES)
-            exact.append(f"| {network} | {' | '.join(differences)} |")
+            differences = (runs[network, mode, None]["difference"] for mode in MODES)
+            exact.append(f"| {network} | {' | '.join(f'{each:.0e}' if each else '0' for each in differences)} |")
         some = runs[wanted[0]]
         page = TEXT.format(
             rate=RATE,
