@@ -483,7 +483,7 @@ def test_plain_network_draws_nothing():
 
 
 def test_unknown_mode():
-    with pytest.raises(ValueError, match=r"mode='pixel'.*'batch', 'row', 'count'"):
+    with pytest.raises(ValueError, match=r"mode='pixel'.*'row', 'count', 'batch'"):
         make_block(mode="pixel")
 
 

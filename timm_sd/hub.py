@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import HFValidationError, HTTPError
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from timm.models._hub import save_for_hf
 
@@ -120,7 +120,9 @@ def upload(folder: Path, repo_id: str, private: bool, revision: str | None, mess
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         commit = api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, commit_message=message)
-    except (HTTPError, RuntimeError, OSError, ValueError) as error:  # the HTTP library's, and the client's own
+    except UserError:
+        raise
+    except Exception as error:  # of any type: the client does not check what the Hub responds
         cause = error.__cause__ if type(error) is RuntimeError else None  # of an upload in parts
         said = _without_token(str(cause or error))
         raise UserError(f"uploading to {repo_id} failed ({said}): solve that and publish again") from error
