@@ -163,6 +163,8 @@ class CifarResNet(nn.Module):
                 nn.init.uniform_(module.weight)
             elif isinstance(module, nn.Linear):
                 module.reset_parameters()
+            elif isinstance(module, StochasticDepth):
+                module.set_buffer(module.gate.probability)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args) -> None:
         check_values(state_dict, prefix, self)
