@@ -5,16 +5,13 @@ pinned and without dependencies such as PyTorch, torchvision and timm, which are
 printed for each of its models; the exit status is 1 if one of them differs from its conversion.
 """
 
-import argparse
 import importlib.metadata
-import os
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
+from in_folder import main
 from torch import Tensor, nn
 
 Models = Iterator[tuple[str, nn.Module, tuple[Tensor, ...]]]
@@ -223,29 +220,6 @@ def compare_here(name: str) -> bool:
     return agree
 
 
-def compare_in_folder(name: str) -> bool:
-    """Install a package in a folder of its own, and compare its models in a process that finds it there."""
-    with tempfile.TemporaryDirectory(prefix="timm-sd-") as folder:
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        if subprocess.run([*pip, "--target", folder, *PACKAGES[name].requirements.split()]).returncode:
-            print(f"{name}: not installed")
-            return False
-        paths = [folder, *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-        here = [sys.executable, "-W", "ignore", __file__, "--here", name]
-        return subprocess.run(here, env=environment).returncode == 0
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help="a package; by default all of them")
-    parser.add_argument("--here", action="store_true", help="use the packages that are installed")
-    args = parser.parse_args()
-    if unknown := [name for name in args.names if name not in PACKAGES]:
-        parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(PACKAGES)}")
-    run = compare_here if args.here else compare_in_folder
-    return 1 - all([run(name) for name in args.names or PACKAGES])
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    requirements = {name: each.requirements for name, each in PACKAGES.items()}
+    sys.exit(main(__file__, __doc__.splitlines()[0], requirements, compare_here))

@@ -3,17 +3,16 @@
 Not a part of the test suite, since it downloads some of these packages, each into a temporary folder of its own, as
 `packages.py` does. Every trainer trains a small model twice, as it is and converted, and evaluates it. Forward hooks
 count the rows that branches compute: fewer in training if the model is converted, and all of them in evaluation. The
-trainer's own checkpoint of the converted model must load into an unconverted one. A line is printed for each trainer,
-and all of its output if it fails; the exit status is then 1.
+trainer's own checkpoint of the converted model must load into an unconverted one. A line is printed for each trainer;
+the exit status is 1 if one fails.
 """
 
-import argparse
+import contextlib
 import copy
 import importlib.metadata
+import io
 import math
-import os
 import re
-import subprocess
 import sys
 import tempfile
 import warnings
@@ -24,6 +23,7 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
+from in_folder import main
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -71,6 +71,12 @@ def samples() -> TensorDataset:
     return TensorDataset(torch.randn(STEPS * BATCH, 3, SIZE, SIZE), torch.randint(CLASSES, (STEPS * BATCH,)))
 
 
+@torch.inference_mode()
+def evaluate(model: Callable[[Tensor], object]) -> None:
+    for x, _ in DataLoader(samples(), BATCH):
+        model(x)
+
+
 def by_timm(convert: Convert, folder: Path) -> tuple[float, State]:
     from timm.optim import create_optimizer_v2
     from timm.scheduler import CosineLRScheduler
@@ -91,9 +97,7 @@ def by_timm(convert: Convert, folder: Path) -> tuple[float, State]:
         ema.update(model, step)
         scheduler.step(step + 1)
     model.eval()
-    with torch.inference_mode():
-        for x, _ in DataLoader(samples(), BATCH):
-            model(x)
+    evaluate(model)
     saver.save_checkpoint(epoch=0)
     timm.models.load_checkpoint(timm.create_model("test_vit", **VIT), folder / "last.pth.tar", use_ema=True)
     return loss.item(), torch.load(folder / "last.pth.tar", weights_only=False)["state_dict"]
@@ -213,9 +217,7 @@ def by_open_clip(convert: Convert, folder: Path) -> tuple[float, State]:
         optimizer.step()
         optimizer.zero_grad()
     model.eval()
-    with torch.inference_mode():
-        for x, _ in DataLoader(samples(), BATCH):
-            model.encode_image(x)
+    evaluate(model.encode_image)
     torch.save(dict(state_dict=model.state_dict()), folder / "last.pt")
     again = open_clip.create_model("convnext_tiny", vision_cfg=vision, text_cfg=text)
     open_clip.load_checkpoint(again, folder / "last.pt", strict=True, weights_only=True)
@@ -236,9 +238,7 @@ def by_segmentation_models(convert: Convert, folder: Path) -> tuple[float, State
         optimizer.step()
         optimizer.zero_grad()
     model.eval()
-    with torch.inference_mode():
-        for x, _ in DataLoader(samples(), BATCH):
-            model(x)
+    evaluate(model)
     model.save_pretrained(folder)
     return loss.item(), smp.from_pretrained(folder).state_dict()
 
@@ -266,7 +266,8 @@ def try_here(name: str) -> bool:
     warnings.filterwarnings("error", ".*drop path")
     for observer in (plain, converted):
         torch.manual_seed(0)
-        with tempfile.TemporaryDirectory(prefix="timm-sd-") as folder:
+        logs = contextlib.redirect_stdout(io.StringIO())
+        with tempfile.TemporaryDirectory(prefix="timm-sd-") as folder, logs:
             loss, state = TRAINERS[name].train(observer.convert, Path(folder))
     trained = converted.model.state_dict()
     changed = any(not torch.equal(p, trained[key]) for key, p in converted.unconverted.named_parameters())
@@ -289,35 +290,6 @@ def try_here(name: str) -> bool:
     return not failed
 
 
-def try_in_folder(name: str) -> bool:
-    """Install a trainer in a folder of its own, if it needs that, and try it in a process that finds it there."""
-    with tempfile.TemporaryDirectory(prefix="timm-sd-") as folder:
-        requirements = TRAINERS[name].requirements.split()
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        if requirements and subprocess.run([*pip, "--target", folder, *requirements]).returncode:
-            print(f"{name}: not installed")
-            return False
-        paths = [folder, *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-        here = [sys.executable, "-W", "ignore", __file__, "--here", name]
-        run = subprocess.run(here, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        lines = run.stdout.splitlines()
-        if run.returncode == 0:
-            lines = [line for line in lines if line.startswith(f"{name} ")]
-        print(*lines, sep="\n", flush=True)
-        return run.returncode == 0
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help="a trainer; by default all of them")
-    parser.add_argument("--here", action="store_true", help="use the packages that are installed")
-    args = parser.parse_args()
-    if unknown := [name for name in args.names if name not in TRAINERS]:
-        parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(TRAINERS)}")
-    run = try_here if args.here else try_in_folder
-    return 1 - all([run(name) for name in args.names or TRAINERS])
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    requirements = {name: each.requirements for name, each in TRAINERS.items()}
+    sys.exit(main(__file__, __doc__.splitlines()[0], requirements, try_here))

@@ -180,7 +180,8 @@ class Options:
     @property
     def model_args(self) -> dict[str, object]:
         """What `timm.create_model` needs besides the network's name."""
-        return dict(drop_path_rate=self.drop_path, drop_path_schedule=self.drop_path_schedule)
+        args = dict(drop_path_rate=self.drop_path, drop_path_schedule=self.drop_path_schedule)
+        return {name: value for name, value in args.items() if value is not None}
 
     @property
     def changed(self) -> list[str]:

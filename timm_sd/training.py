@@ -179,8 +179,7 @@ class Run:
 
         network = dict(
             architecture=self.options.model,
-            # timm passes on a None, too.
-            model_args={name: value for name, value in self.options.model_args.items() if value is not None},
+            model_args=self.options.model_args,
             pretrained_cfg=filter_pretrained_cfg(self.plain.pretrained_cfg, remove_source=True, remove_null=True),
         )
 

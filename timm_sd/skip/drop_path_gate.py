@@ -9,7 +9,7 @@ from .drop_paths import Kind, drop_probability
 class Tally:
     """What a gate has saved so far.
 
-    `samples` came, and of them `computed` were computed, where the rates ask for `expected`; the branch has a share
+    Of `samples`, `computed` were computed, where the rates ask for `expected`; the branch has a share
     `flops` of the model's.
     """
 
