@@ -14,7 +14,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from timm_sd import draw_gates, gates, skip_drop_path
 from timm_sd.errors import UserError
-from timm_sd.stochastic_depth import stochastic_blocks
 
 
 @pytest.fixture(autouse=True)
@@ -47,9 +46,9 @@ def test_peers_compute_what_they_drop(benchmark, peer):
     """Every branch is computed in every training step, and dropped with its block's probability."""
     network = timm.create_model("cifar_resnet20_sd").train()
     survival = [gate.survival for gate in gates(network)]
-    branches = [block.branch for block in stochastic_blocks(network)]
+    branches = [gate.block.branch for gate in gates(network)]
     benchmark.put_in(network, benchmark.PEERS[peer])
-    assert not stochastic_blocks(network)
+    assert not gates(network)
     peers = [module for module in network.modules() if isinstance(module, benchmark.PeerBlock)]
     rates = [getattr(block.drop, "drop_prob", None) or block.drop.p for block in peers]
     assert rates == pytest.approx([1 - p for p in survival])

@@ -17,7 +17,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import timm_sd
 from timm_sd import StochasticDepth, gates, survival_probabilities
-from timm_sd.stochastic_depth import stochastic_blocks
 
 NAMES = [f"cifar_resnet{depth}{suffix}" for depth in (20, 32, 44, 56, 110, 152, 1202) for suffix in ("", "_sd")]
 
@@ -72,7 +71,7 @@ def test_size(name):
     convolutions += [(16, 32)] + [(32, 32)] * (2 * n - 1) + [(32, 64)] + [(64, 64)] * (2 * n - 1)
     expected = sum(9 * inputs * outputs + 2 * outputs for inputs, outputs in convolutions) + 64 * 10 + 10
     assert sum(parameter.numel() for parameter in network.parameters()) == expected
-    assert len(stochastic_blocks(network)) == len(gates(network)) == 3 * n
+    assert len(gates(network)) == 3 * n
     final = 0.5 if name.endswith("_sd") else 1.0
     expected = [1 - b / (3 * n) * (1 - final) for b in range(1, 3 * n + 1)]
     assert [gate.survival for gate in gates(network)] == pytest.approx(expected)
@@ -275,7 +274,7 @@ def test_features_only():
     last = create(features_only=True, out_indices=(-1,))
     assert [tuple(output.shape) for output in last(images())] == [(2, 64, 8, 8)]
     first = create(features_only=True, out_indices=(0,))
-    assert len(stochastic_blocks(first)) == 3, "groups after the last feature are pruned"
+    assert len(gates(first)) == 3, "groups after the last feature are pruned"
 
 
 @pytest.mark.parametrize("indices", [None, 1, [0, 2], [-2]])
@@ -370,9 +369,9 @@ def test_moving_average(make, decay):
     assert [state[key].item() for key in state if key.endswith("survival")] == pytest.approx(expected)
 
     plain = create(drop_path_rate=0.0).eval()
-    for block, p in zip(stochastic_blocks(plain), expected, strict=True):
-        block.branch.bn2.weight.data *= p
-        block.branch.bn2.bias.data *= p
+    for gate, p in zip(gates(plain), expected, strict=True):
+        gate.block.branch.bn2.weight.data *= p
+        gate.block.branch.bn2.bias.data *= p
     for name, value in state.items():
         if not name.endswith(("survival", "branch.bn2.weight", "branch.bn2.bias")):
             plain.state_dict()[name].copy_(value)
@@ -383,7 +382,7 @@ def test_moving_average(make, decay):
     average.module.train()
     assert [gate.survival for gate in gates(average)] == pytest.approx(expected)
     for other in (copy.deepcopy(average.module), average.module.bfloat16().float()):
-        assert [block.survival.item() for block in stochastic_blocks(other)] == pytest.approx(expected)
+        assert [gate.block.survival.item() for gate in gates(other)] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("to", [nn.Module.half, nn.Module.bfloat16, nn.Module.double])
@@ -391,7 +390,7 @@ def test_probabilities_are_exact_in_every_precision(to):
     network = to(create()).eval()
     own = survival_probabilities(9, 0.5)
     assert [gate.survival for gate in gates(network)] == own
-    assert [block.survival.item() for block in stochastic_blocks(network)] == pytest.approx(own, rel=1e-7)
+    assert [gate.block.survival.item() for gate in gates(network)] == pytest.approx(own, rel=1e-7)
     assert [gate.survival for gate in gates(network.float().train())] == own
 
 
@@ -445,7 +444,7 @@ def test_probabilities_may_change_while_a_gradient_is_computed():
 def test_probabilities_stay_in_shared_memory():
     network = create().share_memory()
     gates(network)[0].survival = 0.25
-    assert stochastic_blocks(network)[0].survival.is_shared()
+    assert gates(network)[0].block.survival.is_shared()
 
 
 def test_the_probability_is_not_rounded_beside_a_float32_shortcut():
@@ -466,4 +465,4 @@ def test_a_network_made_in_inference_mode():
     with torch.inference_mode():
         network = create()
     gates(network)[0].survival = 0.25
-    assert stochastic_blocks(network.double())[0].survival == 0.25
+    assert gates(network.double())[0].block.survival == 0.25

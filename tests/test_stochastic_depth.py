@@ -18,7 +18,6 @@ from torch.multiprocessing import start_processes
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_sd import StochasticDepth, draw_gates, gates, survival_probabilities, use_gates
-from timm_sd.stochastic_depth import stochastic_blocks
 
 MODES = ["batch", "row", "count"]
 
@@ -271,7 +270,7 @@ def test_inference_scales_the_branch(mode):
 
 def test_dropped_branch_costs_nothing():
     network = small_network().train()
-    blocks = stochastic_blocks(network)
+    blocks = [gate.block for gate in gates(network)]
 
     def flops(values):
         with use_gates(network, values), FlopCounterMode(display=False) as counter:
@@ -301,8 +300,8 @@ def test_dropped_parameters_get_zero_gradients():
     values = torch.tensor([True, False] * 4 + [True])
     with use_gates(network, values):
         network(images()).square().sum().backward()
-    for block, value in zip(stochastic_blocks(network), values, strict=True):
-        for parameter in block.parameters():
+    for gate, value in zip(gates(network), values, strict=True):
+        for parameter in gate.block.parameters():
             assert parameter.grad.shape == parameter.shape
             assert parameter.grad.any() == value
 
@@ -396,14 +395,14 @@ def test_rows_promote_types_as_addition_does():
 def test_rows_keep_the_memory_format(mode):
     network = small_network(drop_path_mode=mode).to(memory_format=torch.channels_last).train()
     formats = []
-    for block in stochastic_blocks(network):
-        for module in (block, block.branch):
+    for gate in gates(network):
+        for module in (gate.block, gate.block.branch):
             module.register_forward_hook(
                 lambda _, __, output: formats.append(output.is_contiguous(memory_format=torch.channels_last))
             )
     values = torch.tensor([[True, False, True, False]] * 9)
-    for block in stochastic_blocks(network):
-        block.gate.survival = 0.5
+    for gate in gates(network):
+        gate.survival = 0.5
     with use_gates(network, values):
         network(images().contiguous(memory_format=torch.channels_last))
     assert formats == [True] * 18
@@ -568,7 +567,7 @@ def test_the_list_of_gates_is_enough():
             outputs.append(network(images()))
     assert torch.equal(*outputs)
     assert [gate.survival for gate in gates(network)] == survival_probabilities(9, 0.5)
-    assert [block.gate for block in stochastic_blocks(network)] == gates(network)
+    assert [gate.block.gate for gate in gates(network)] == gates(network)
 
 
 def test_copies_do_not_keep_provided_gates():

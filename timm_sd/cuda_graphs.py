@@ -11,8 +11,8 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import Tensor, nn
 
-from .gate import use_gates
-from .stochastic_depth import StochasticDepth, stochastic_blocks
+from .gate import gates, use_gates
+from .stochastic_depth import StochasticDepth
 
 WARM_UP_PASSES = 3
 
@@ -86,7 +86,7 @@ def graph_blocks(network: nn.Module, images: Tensor, dtype: torch.dtype | None =
         dtype: Autocast's dtype, None without autocast.
     """
     network.train()
-    blocks = stochastic_blocks(network)
+    blocks = [gate.block for gate in gates(network)]
     buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]
     x = _warm_up(network, blocks, images)
     for parameter in network.parameters():

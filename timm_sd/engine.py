@@ -22,7 +22,8 @@ from torch.optim import Optimizer
 from . import kernels
 from .cifar_resnet import CifarResNet
 from .cuda_graphs import capture, side_stream
-from .stochastic_depth import StochasticDepth, stochastic_blocks
+from .gate import gates
+from .stochastic_depth import StochasticDepth
 
 SIZE = 32  # pixels on each side of an image
 IMAGE_CHANNELS = 4  # a power of two: the last one is zero
@@ -349,9 +350,9 @@ class Engine:
         self.stem_out = x = bordered(most, SIZE, self.stem.channels, dtype, device)
         group = self.first_group = Group(self.stem.channels, SIZE, most, dtype, device)
         self.blocks, size = [], SIZE
-        for gate, module in enumerate(stochastic_blocks(network), start=1):
-            size //= module.branch.conv1.stride[0]
-            block = Block(module, size, gate, most, dtype)
+        for index, gate in enumerate(gates(network), start=1):
+            size //= gate.block.branch.conv1.stride[0]
+            block = Block(gate.block, size, index, most, dtype)
             dx = group.g
             if block.stride == 2:
                 group = Group(block.first.channels, size, most, dtype, device)

@@ -231,8 +231,3 @@ def _add_rows(shortcut: Tensor, f: Tensor, rows: Tensor, activation: nn.Module) 
 
 
 _take_rows_eagerly = torch.compiler.disable(take_rows)  # not worth a graph of its own, and there would be many
-
-
-def stochastic_blocks(network: nn.Module) -> list[StochasticDepth]:
-    """The blocks 1..L of a network, wrapped or not, in order."""
-    return [module for module in network.modules() if isinstance(module, StochasticDepth)]

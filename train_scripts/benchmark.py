@@ -36,7 +36,6 @@ from timm_sd.files import writing
 from timm_sd.options import Options
 from timm_sd.run_folder import RunFolder
 from timm_sd.skip.benchmark import now
-from timm_sd.stochastic_depth import stochastic_blocks
 from timm_sd.training import Run
 
 PARTS = ("data", "step", "depth", "timm")
@@ -61,8 +60,9 @@ class PeerBlock(nn.Module):
 def put_in(network: nn.Module, make_drop: Callable[[float], nn.Module]) -> None:
     """Make a network's blocks drop the way a peer does."""
     names = {block: name for name, block in network.named_modules()}
-    for block in stochastic_blocks(network):
-        network.set_submodule(names[block], PeerBlock(block.branch, block.shortcut, make_drop(1 - block.gate.survival)))
+    for gate in gates(network):
+        peer = PeerBlock(gate.block.branch, gate.block.shortcut, make_drop(1 - gate.survival))
+        network.set_submodule(names[gate.block], peer)
 
 
 PEERS = {

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from timm_sd import data, draw_gates, gates, register_depth, use_gates
 from timm_sd.engine import ALWAYS, IMAGE_CHANNELS, SIZE, Block, Engine, Slot, bordered, inside
 from timm_sd.inference import Inference
-from timm_sd.stochastic_depth import StochasticDepth, stochastic_blocks
+from timm_sd.stochastic_depth import StochasticDepth
 
 LR, WEIGHT_DECAY = 0.1, 1e-4
 DEPTH = 14  # the smallest whose blocks have every width with stride 1
@@ -81,7 +81,7 @@ def check_kernels(batches: Sequence[int], dtype: torch.dtype, device: torch.devi
             if time.monotonic() > until:
                 return
             fresh()
-            errors = block_errors(engine, index, stochastic_blocks(network)[index], images, dtype)
+            errors = block_errors(engine, index, gates(network)[index].block, images, dtype)
             name = f"block of {channels_in} to {channels} channels, batch {images}"
             found[name] = dict(errors=errors, limit=LIMITS[dtype])
         fresh()

@@ -17,11 +17,11 @@ from timm_sd import data, machine, pretrained, register_depth
 from timm_sd.command_line import Parser, one_line_errors, path, say
 from timm_sd.errors import UserError
 from timm_sd.evaluation import evaluate
+from timm_sd.gate import gates
 from timm_sd.options import DATASETS, Options
 from timm_sd.pretrained import load_weights
 from timm_sd.record import read_options
 from timm_sd.run_folder import RunFolder
-from timm_sd.stochastic_depth import stochastic_blocks
 from timm_sd.training import create_network
 
 SPLITS = ("train", "validation", "test")
@@ -75,7 +75,7 @@ def load_network(options: Options, args: argparse.Namespace) -> nn.Module:
 def drop_blocks(network: nn.Module, dropped: list[int]) -> None:
     """Replace blocks with their shortcuts (eq. 3). Raises UserError if the network has no such block."""
     names = {block: name for name, block in network.named_modules()}
-    blocks = stochastic_blocks(network)
+    blocks = [gate.block for gate in gates(network)]
     for number in dropped:
         if not 1 <= number <= len(blocks):
             raise UserError(f"--drop-blocks {number}: no such block, they are numbered from 1 to {len(blocks)}")
