@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from timm_sd import data, training
+from timm_sd.learner import Learner
 from timm_sd.options import Options
 
 load = functools.cache(data.load)  # drawing the synthetic images takes longer than training on a few of them
@@ -40,32 +41,32 @@ def noted(output: str | Path, name: str = "", rank: str = "", at: str = "", opti
     Signal `name` is sent to process `rank` just before its step `at`, counted from 0 in this launch. Further options
     are given as JSON.
     """
-    step = training.Run.step
+    step = Learner.step
     data.load = uneven
     notes = dict(steps=[])
-    noted_run = []
+    noted_learner = []
 
-    def note_and_step(run, images, labels, gates, batch_size):
-        noted_run[:] = [run]
+    def note_and_step(learner, images, labels, batch_size, gates, lr):
+        noted_learner[:] = [learner]
         index = len(notes["steps"])
-        if [str(run.accelerator.process_index), str(index)] == [rank, at]:
+        if [str(learner.accelerator.process_index), str(index)] == [rank, at]:
             os.kill(os.getpid(), signal.Signals[name])
-        step(run, images, labels, gates, batch_size)
+        step(learner, images, labels, batch_size, gates, lr)
         # The mean over channels and pixels tells different images apart.
         notes["steps"].append(
             dict(gates=gates.tolist(), labels=labels.tolist(), images=images.mean((1, 2, 3)).tolist(), of=batch_size)
         )
 
-    training.Run.step = note_and_step
+    Learner.step = note_and_step
     fixed = dict(epochs=2, batch_size=64, output=Path(output), resume=True)
     training.train(Options("cifar_resnet20_sd", "synthetic", **fixed, **json.loads(options)))
-    (run,) = noted_run
-    notes["processes"] = run.accelerator.num_processes
-    notes["wrapper"] = type(run.model).__name__
-    notes["unused"] = run.model.find_unused_parameters
-    notes["parameters"] = [parameter.detach().numpy().tobytes().hex() for parameter in run.network.parameters()]
-    notes["buffers"] = [buffer.numpy().tobytes().hex() for buffer in run.plain.buffers()]
-    Path(f"{output}-rank{run.accelerator.process_index}.json").write_text(json.dumps(notes))
+    (learner,) = noted_learner
+    notes["processes"] = learner.accelerator.num_processes
+    notes["wrapper"] = type(learner.model).__name__
+    notes["unused"] = learner.model.find_unused_parameters
+    notes["parameters"] = [parameter.detach().numpy().tobytes().hex() for parameter in learner.network.parameters()]
+    notes["buffers"] = [buffer.numpy().tobytes().hex() for buffer in learner.plain.buffers()]
+    Path(f"{output}-rank{learner.accelerator.process_index}.json").write_text(json.dumps(notes))
 
 
 def noted_without_torchrun(rank: int, port: int, errors: Path, *arguments) -> None:

@@ -11,7 +11,6 @@ from test_pretrained import NAMES, WEIGHTS
 from timm_sd.figures import training_seconds
 from timm_sd.model_card import model_card
 from timm_sd.record import Record
-from timm_sd.training import create_network
 
 ROOT = Path(__file__).parents[1]
 CARDS = [ROOT / "model_cards" / name for name in NAMES]
@@ -57,7 +56,7 @@ def test_accuracy(command, tmp_path, monkeypatch):
 def test_the_table_of_models(card):
     record = Record.read(card)
     (row,) = (line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith(f"| `{card.name}`"))
-    parameters = sum(parameter.numel() for parameter in create_network(record.options).parameters())
+    parameters = sum(parameter.numel() for parameter in record.options.create_model().parameters())
     size = (WEIGHTS / f"{card.name}.safetensors").stat().st_size
     assert [cell.strip() for cell in row.split("|")[2:-1]] == [
         f"{record.best['test_error']:.2f}%",
@@ -80,7 +79,7 @@ def test_cards(folder):
     record, summary = Record.read(folder), json.loads((folder / "summary.json").read_text())
     assert folder.name == record.options.weights_tag
     assert summary == record.summary | {"sha256": summary["sha256"]}
-    card = model_card(record, create_network(record.options), folder.name, None, summary["sha256"])
+    card = model_card(record, record.options.create_model(), folder.name, None, summary["sha256"])
     assert str(card) == (folder / "README.md").read_text()
     (use,) = re.findall(r"timm.create_model\(.*?\)", str(card).split("## Intended use")[0])
     if folder in CARDS:

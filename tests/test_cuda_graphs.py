@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 
 from timm_sd import cuda_graphs, draw_gates, stochastic_depth, training, use_gates
+from timm_sd.learner import Learner
 from timm_sd.options import Options
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -158,13 +159,13 @@ def test_a_run_with_graphs_equals_one_without(few_images, tmp_path, device, monk
     """The last batch has another shape. Without CUDA the flag has no effect unless the test forces it."""
     options = Options("cifar_resnet20_sd", "synthetic", epochs=1, batch_size=32, output=tmp_path / "eager")
     training.train(options)
-    init = training.Run.__init__
+    init = Learner.__init__
 
-    def graphed(run, *args):
-        init(run, *args)
-        run.graphed = run.graphed or forced
+    def graphed(learner, *args):
+        init(learner, *args)
+        learner.graphed = learner.graphed or forced
 
-    monkeypatch.setattr(training.Run, "__init__", graphed)
+    monkeypatch.setattr(Learner, "__init__", graphed)
     training.train(replace(options, cuda_graphs=True, output=tmp_path / "graphs"))
     eager, graphs = (json.loads((tmp_path / name / "metrics.jsonl").read_text()) for name in ("eager", "graphs"))
     for figure in ("train_loss", "train_error", "active_blocks", "conv1_gradient", "validation_error", "test_error"):

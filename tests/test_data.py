@@ -16,10 +16,10 @@ from torchvision.transforms.functional import to_pil_image
 
 from timm_sd import data
 from timm_sd.errors import UserError
+from timm_sd.learner import Learner
+from timm_sd.learning_rate import learning_rate
 from timm_sd.options import Options
 from timm_sd.paper import PROTOCOLS
-from timm_sd.run_folder import RunFolder
-from timm_sd.training import Run
 
 
 def make_set(num_images=50):
@@ -246,17 +246,14 @@ def test_the_papers_protocol_for_svhn(svhn, monkeypatch, tmp_path):
     network = timm.create_model("cifar_resnet152_sd.svhn")
     assert network.pretrained_cfg["label_names"] == tuple("0123456789")
     options = Options("cifar_resnet20_sd", "svhn", svhn[0], epochs=1, output=tmp_path / "run")
-    run = Run(Accelerator(), options, RunFolder(options.output_dir))
-    batches = list(run.batches())
+    learner = Learner(Accelerator(), options)
+    batches = list(learner.batches(epoch=1))
     seen = torch.cat([images for images, _, _ in batches])
-    standardized = {image.numpy().tobytes() for image in run.standardize(run.training_set.images)}
+    standardized = {image.numpy().tobytes() for image in learner.standardize(learner.training_set.images)}
     assert {image.contiguous().numpy().tobytes() for image in seen} == standardized
     assert len(seen) == 380 - 60
-    run.options = replace(run.options, epochs=50)
-    rates = []
-    for epochs_done in (28, 29, 33, 34):
-        run.progress.history = [{}] * epochs_done
-        rates.append(run.learning_rate(step=1))
+    options = replace(options, epochs=50)
+    rates = [learning_rate(options, epoch, 1, learner.steps) for epoch in (29, 30, 34, 35)]
     assert rates == pytest.approx([0.1, 0.01, 0.01, 0.001])
 
 

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from timm_sd import data, machine, processes, training
 from timm_sd.errors import UserError
+from timm_sd.learner import Learner
 from timm_sd.options import Options
 from timm_sd.run_folder import RunFolder
 
@@ -142,8 +143,9 @@ def test_interrupted_and_resumed(run, tmp_path, monkeypatch):
         patch.setattr(data, "load", runs.uneven)
         options = Options("cifar_resnet20_sd", "synthetic", epochs=2, batch_size=64, resume=True)
         copy = RunFolder(tmp_path / "alone")
-        alone = training.Run(Accelerator(), replace(options, output=copy.path), copy)
-        alone.begin()
+        options, accelerator = replace(options, output=copy.path), Accelerator()
+        alone = Learner(accelerator, options)
+        training.Run(accelerator, options, copy, alone).begin()
     copy.close()
     assert alone.sums.tolist() == pytest.approx([first + second for first, second in zip(*sums, strict=True)])
 

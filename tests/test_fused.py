@@ -12,9 +12,11 @@ import runs
 import torch
 from test_resume import end_of
 
-from timm_sd import data, run_folder, training
+from timm_sd import data, launch, run_folder, training
 from timm_sd.errors import UserError
+from timm_sd.learner import Learner
 from timm_sd.options import Options
+from timm_sd.paper import PROTOCOLS
 from timm_sd.record import Record
 
 pytest.importorskip("triton", reason="Triton comes with PyTorch's CUDA builds for Linux only")
@@ -27,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("registry")  # depths 8 and 14
 @pytest.fixture
 def in_the_interpreter(monkeypatch, large_tiles):
     """Runs with `fused=True` on the CPU, on five images in batches of two."""
-    monkeypatch.setattr(training, "check_fused", lambda accelerator: None)
+    monkeypatch.setattr(launch, "check_fused", lambda accelerator: None)
     monkeypatch.setattr(data, "load", runs.load_few(6, 2))
 
 
@@ -68,9 +70,9 @@ def test_a_fused_run_is_the_same_run_and_resumes_in_either(in_the_interpreter, t
     assert Record.read(tmp_path / "fused").command == f"{Record.read(tmp_path / 'eager').command} --fused"
     for begin, go_on, last in ((True, True, 5), (True, False, 5), (False, True, 6)):
         folder = tmp_path / f"{begin}-{go_on}"
-        run_class = fused.FusedRun if begin else training.Run
+        kind = fused.FusedLearner if begin else Learner
         with monkeypatch.context() as patch:
-            step, steps = run_class.step, []
+            step, steps = kind.step, []
 
             def interrupted(self, *args, step=step, steps=steps, last=last):
                 steps.append(1)
@@ -78,7 +80,7 @@ def test_a_fused_run_is_the_same_run_and_resumes_in_either(in_the_interpreter, t
                     os.kill(os.getpid(), signal.SIGTERM)
                 step(self, *args)
 
-            patch.setattr(run_class, "step", interrupted)
+            patch.setattr(kind, "step", interrupted)
             with pytest.raises(UserError, match=f"stopped by SIGTERM in epoch 2 after {last - 3} steps"):
                 run(folder, fused=begin, **options)
         resumed = run(folder, fused=go_on, resume=True, **options)
@@ -91,7 +93,7 @@ def test_a_fused_run_is_the_same_run_and_resumes_in_either(in_the_interpreter, t
 
 
 def test_a_deeper_fused_run_without_augmentation_or_drops(in_the_interpreter, tmp_path, monkeypatch):
-    monkeypatch.setitem(training.PROTOCOLS, "synthetic", replace(training.PROTOCOLS["synthetic"], augmented=False))
+    monkeypatch.setitem(PROTOCOLS, "synthetic", replace(PROTOCOLS["synthetic"], augmented=False))
     options = dict(model="cifar_resnet14", epochs=1, batch_size=20, lr=0.05)
     assert_same_run(*(run(tmp_path / str(fused), fused=fused, **options) for fused in (True, False)))
 
@@ -101,20 +103,23 @@ def test_a_slow_checkpoint_is_that_of_its_moment(in_the_interpreter, tmp_path, m
     options = dict(model="cifar_resnet8_sd", lr_schedule="one-cycle", drop_path=0.9)
     run(tmp_path / "eager", **options)
     stepped = threading.Event()
-    save, step = run_folder.RunFolder.save, fused.FusedRun.step
+    save, step = run_folder.RunFolder.save, fused.FusedLearner.step
 
     def slow(folder, accelerator, progress, *args):
         if progress.epoch == 2:
             assert stepped.wait(60)
         save(folder, accelerator, progress, *args)
 
+    steps = []
+
     def noted(self, *args):
         step(self, *args)
-        if self.progress.epoch == 2:
+        steps.append(args)
+        if len(steps) > self.steps:
             stepped.set()
 
     monkeypatch.setattr(run_folder.RunFolder, "save", slow)
-    monkeypatch.setattr(fused.FusedRun, "step", noted)
+    monkeypatch.setattr(fused.FusedLearner, "step", noted)
     monkeypatch.setattr(inference.Inference, "error", lambda *_: 50.0)  # takes most of the time
     run(tmp_path / "fused", fused=True, **options)
 
@@ -133,14 +138,15 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run(in_the_interpreter, tm
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    step = fused.FusedRun.step
+    step, steps = fused.FusedLearner.step, []
 
     def interrupted(self, *args):
-        if stopped and self.progress.epoch == 2:
+        steps.append(args)
+        if stopped and len(steps) > self.steps:
             os.kill(os.getpid(), signal.SIGTERM)
         step(self, *args)
 
-    monkeypatch.setattr(fused.FusedRun, "step", interrupted)
+    monkeypatch.setattr(fused.FusedLearner, "step", interrupted)
     monkeypatch.setattr(run_folder, "save_file", full)
     monkeypatch.setattr(inference.Inference, "error", lambda *_: 50.0)
     with pytest.raises(UserError, match="No space left on device"):

@@ -15,8 +15,9 @@ from by_hand import REGULARIZERS
 from conftest import in_processes, take_few_images
 from safetensors.torch import load_file
 
-from timm_sd import files, machine, run_folder, training
+from timm_sd import files, learner, machine, run_folder, training
 from timm_sd.errors import UserError
+from timm_sd.learner import Learner
 from timm_sd.options import Options
 
 TIMES = ("seconds", "images_per_second")
@@ -64,16 +65,16 @@ def whole(two_checkpoints):
 
 def interrupt_after(monkeypatch, step, number):
     """Send this process a signal in training step `step` of the next run, counted from 1."""
-    train_step = training.Run.step
+    train_step = Learner.step
     steps = []
 
-    def interrupted(run, *args):
+    def interrupted(learner, *args):
         steps.append(1)
         if len(steps) == step:
             os.kill(os.getpid(), number)
-        train_step(run, *args)
+        train_step(learner, *args)
 
-    monkeypatch.setattr(training.Run, "step", interrupted)
+    monkeypatch.setattr(Learner, "step", interrupted)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -124,9 +125,9 @@ def test_regularizers_and_the_moving_average_resume(tmp_path, monkeypatch):
 
 
 def test_a_signal_during_evaluation_waits_for_the_epochs_end(whole, tmp_path, monkeypatch):
-    evaluate = training.evaluate
+    evaluate = learner.evaluate
     with monkeypatch.context() as patch:
-        patch.setattr(training, "evaluate", lambda *args: os.kill(os.getpid(), signal.SIGTERM) or evaluate(*args))
+        patch.setattr(learner, "evaluate", lambda *args: os.kill(os.getpid(), signal.SIGTERM) or evaluate(*args))
         with pytest.raises(UserError, match="stopped by SIGTERM in epoch 2 after 0 steps"):
             training.train(options_for(tmp_path))
     training.train(options_for(tmp_path, resume=True))
@@ -305,15 +306,15 @@ def test_the_only_checkpoint_is_damaged(two_checkpoints, tmp_path):
 
 def test_best_weights_that_are_damaged_while_training(tmp_path, monkeypatch):
     """If they are still the best, the next checkpoint copies them from the previous one."""
-    evaluate = training.Run.evaluate
+    evaluate = Learner.evaluate
     errors = iter([30.0, 40.0])
 
-    def evaluate_worse(run):
-        if run.progress.history:
-            flip_a_bit(run.folder.last / "best.safetensors")
-        return evaluate(run) | {"validation_error": next(errors)}
+    def evaluate_worse(learner):
+        for checkpoint in (tmp_path / "checkpoints").glob("epoch-00002-*"):
+            flip_a_bit(checkpoint / "best.safetensors")
+        return evaluate(learner) | {"validation_error": next(errors)}
 
-    monkeypatch.setattr(training.Run, "evaluate", evaluate_worse)
+    monkeypatch.setattr(Learner, "evaluate", evaluate_worse)
     with pytest.raises(UserError, match="epoch-00002-step-000000 is damaged"):
         training.train(options_for(tmp_path))
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["epoch-00002-step-000000"]
@@ -371,17 +372,17 @@ def test_a_folder_belongs_to_one_process(two_checkpoints, tmp_path):
 
 def test_a_new_run_is_locked_from_the_start(tmp_path, monkeypatch):
     """Even before its first checkpoint, no other run can start there."""
-    step = training.Run.step
+    step = Learner.step
     refused = []
 
-    def step_and_start_another(run, *args):
-        step(run, *args)
+    def step_and_start_another(learner, *args):
+        step(learner, *args)
         if not refused:
             refused.append(True)
             with pytest.raises(UserError, match="another process is training or publishing in"):
                 run_folder.RunFolder(tmp_path).open({}, {}, {}, False)
 
-    monkeypatch.setattr(training.Run, "step", step_and_start_another)
+    monkeypatch.setattr(Learner, "step", step_and_start_another)
     training.train(options_for(tmp_path, epochs=1))
     assert refused
 

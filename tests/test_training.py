@@ -15,12 +15,13 @@ from by_hand import REGULARIZERS, assert_metrics_are_close, protocol_by_hand
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from timm_sd import StochasticDepth, data, gates, training
+from timm_sd import StochasticDepth, data, gates, learner, training
 from timm_sd.errors import UserError
 from timm_sd.evaluation import Evaluation
+from timm_sd.learner import Learner
+from timm_sd.learning_rate import one_cycle, stepwise
 from timm_sd.options import Options, add_options
 from timm_sd.paper import PROTOCOLS
-from timm_sd.training import one_cycle, stepwise
 
 
 def test_learning_rate_of_the_authors():
@@ -124,7 +125,7 @@ def test_saved_weights_are_the_best_by_validation(few_images, tmp_path, monkeypa
         states.append({key: value.clone() for key, value in network.state_dict().items()})
         return Evaluation(loss=0.0, error=next(errors), images=[], errors=[])
 
-    monkeypatch.setattr(training, "evaluate", evaluate)
+    monkeypatch.setattr(learner, "evaluate", evaluate)
     training.train(Options("cifar_resnet20_sd", "synthetic", epochs=4, batch_size=32, output=tmp_path / "run"))
     saved = load_file(tmp_path / "run" / "model.safetensors")
     assert all(torch.equal(saved[key], states[2][key]) for key in saved)
@@ -132,13 +133,13 @@ def test_saved_weights_are_the_best_by_validation(few_images, tmp_path, monkeypa
 
 
 def test_the_network_is_the_one_asked_for():
-    uniform = training.create_network(Options("cifar_resnet20", drop_path=0.2, drop_path_schedule="uniform"))
+    uniform = Options("cifar_resnet20", drop_path=0.2, drop_path_schedule="uniform").create_model()
     assert [gate.survival for gate in gates(uniform)] == [0.8] * 9
-    network = training.create_network(Options("cifar_resnet20", "cifar100", drop_path=0.2))
+    network = Options("cifar_resnet20", "cifar100", drop_path=0.2).create_model()
     assert network.num_classes == 100
     assert network.pretrained_cfg["mean"] == (0.5071, 0.4865, 0.4409)
     assert [gate.survival for gate in gates(network)] == pytest.approx([1 - b / 9 * 0.2 for b in range(1, 10)])
-    assert training.create_network(Options("cifar_resnet20_sd", "synthetic")).num_classes == 10
+    assert Options("cifar_resnet20_sd", "synthetic").create_model().num_classes == 10
 
 
 def test_survival_probabilities_from_the_command_line(tmp_path):
@@ -150,13 +151,13 @@ def test_survival_probabilities_from_the_command_line(tmp_path):
     for text, values in ((",".join(map(str, expected)), expected), (str(file), expected), ("quadratic", "quadratic")):
         options = Options(**vars(parser.parse_args(["--model", "cifar_resnet20", "--drop-path-schedule", text])))
         assert options.drop_path_schedule == values
-    network = training.create_network(Options("cifar_resnet20", drop_path_schedule=expected))
+    network = Options("cifar_resnet20", drop_path_schedule=expected).create_model()
     assert tuple(gate.survival for gate in gates(network)) == expected
     assert "given" in Options("cifar_resnet20", drop_path_schedule=expected).output_dir.name
 
 
 def test_any_depth_by_name(registry):
-    network = training.create_network(Options("cifar_resnet26_sd", "cifar100"))
+    network = Options("cifar_resnet26_sd", "cifar100").create_model()
     assert len(gates(network)) == 12
     assert network.num_classes == 100
 
@@ -293,17 +294,17 @@ def test_a_run_that_diverges_stops(few_images, tmp_path):
 def test_a_run_that_diverges_later_keeps_its_checkpoint(few_images, tmp_path, monkeypatch, name, value):
     """What is no longer finite in the last step of an epoch is not saved, although the loss is still finite."""
     options = Options("cifar_resnet20_sd", "synthetic", epochs=2, batch_size=32, output=tmp_path / "run")
-    step = training.Run.step
+    step = Learner.step
     steps = []
 
-    def diverge(run, *args):
-        step(run, *args)
-        steps.append(run.progress.steps)
+    def diverge(learner, *args):
+        step(learner, *args)
+        steps.append(args)
         if len(steps) == 6:
             with torch.no_grad():
-                run.network.state_dict()[name][0] = value
+                learner.network.state_dict()[name][0] = value
 
-    monkeypatch.setattr(training.Run, "step", diverge)
+    monkeypatch.setattr(Learner, "step", diverge)
     with pytest.raises(UserError, match="the run diverged in epoch 2"):
         training.train(options)
     monkeypatch.undo()

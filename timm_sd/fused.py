@@ -1,7 +1,7 @@
 """A training run by fused kernels, `train.py --fused`: the same run as any other, at the speed of the GPU.
 
-Gates, order, augmentation, learning rates and checkpoints are those of `training.Run`, so a run can be resumed in
-either. The differences are where things happen:
+Gates, order, augmentation, learning rates and checkpoints are those of any run, so a run can be resumed with or without
+it. The differences are where things happen:
 
     the images of an epoch    augmented all at once, and kept on the GPU
     the weights               the engine's while it trains; the network and its optimizer get a copy after each epoch
@@ -9,12 +9,11 @@ either. The differences are where things happen:
     the sums of an epoch      read once, at its end
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from . import data
@@ -23,32 +22,21 @@ from .engine import IMAGE_CHANNELS, SIZE, Engine, bordered, inside
 from .errors import UserError
 from .evaluation import BATCH_SIZE
 from .inference import Inference
-from .training import Run
+from .learner import Learner
+from .paper import PROTOCOLS
 
 AUGMENTED = 5000  # images at a time
 LARGEST_BATCH = 50_000  # since kernels count in 32 bits
 
 
-class FusedRun(Run):
-    """A run on one GPU in bfloat16. (In Triton's interpreter, on a CPU in float32.)"""
+class FusedLearner(Learner):
+    """A learner on one GPU in bfloat16. (In Triton's interpreter, on a CPU in float32.)"""
 
     saving: Future | None = None
     copies: torch.cuda.Stream | None = None
 
-    def train(self) -> None:
-        """As any run, but return only when everything is written."""
-        with ThreadPoolExecutor(1) as self.writer:
-            try:
-                super().train()
-            finally:
-                self.wait_for_writer()
-
     def begin(self) -> None:
-        """Open or resume the run, and give its values to the engine."""
-        super().begin()
-        self.plain = self.network  # there is nothing that training adds to it
-        if self.progress.epoch > self.options.epochs:  # finished
-            return
+        """Give the weights to the engine, and the images a place on the GPU."""
         say("--fused has not been measured on a GPU yet; --cuda-graphs has")
         options, count = self.options, len(self.training_set)
         dtype = torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else torch.float32
@@ -65,6 +53,7 @@ class FusedRun(Run):
         self.lr = self.optimizer.param_groups[0]["lr"]
         self.engine.sums.copy_(self.sums)
         self.sums = self.engine.sums
+        self.plain = self.network  # there is nothing that training adds to it
 
         device = self.accelerator.device
         self.images = bordered(count, SIZE, IMAGE_CHANNELS, dtype, device)
@@ -75,62 +64,53 @@ class FusedRun(Run):
             self.evaluated[name] = images, part.labels
         if device.type == "cuda":
             self.copies = torch.cuda.Stream()
+        self.writer = ThreadPoolExecutor(1)
 
-    def batches(self) -> Iterator[tuple[Tensor, Tensor, int]]:
-        """For the remaining steps of the current epoch: images as the engine takes them, labels, and their number."""
-        options, progress = self.options, self.progress
+    def batches(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor, int]]:
+        """From a step of an epoch on: images as the engine takes them, labels, and their number."""
+        options = self.options
+        augmented = PROTOCOLS[options.dataset].augmented
         batches = data.training_batches(  # the same images in batches of any size
-            self.training_set,
-            AUGMENTED,
-            self.standardize,
-            options.seed,
-            progress.epoch,
-            augmented=self.protocol.augmented,
+            self.training_set, AUGMENTED, self.standardize, options.seed, epoch, augmented=augmented
         )
         labels = fill(self.images, batches)
-        for start in range(progress.steps * options.batch_size, len(labels), options.batch_size):
+        for start in range(first_step * options.batch_size, len(labels), options.batch_size):
             batch = slice(start, start + options.batch_size)
             yield self.images[batch], labels[batch], len(labels[batch])
 
-    def step(self, images: Tensor, labels: Tensor, gate_values: Tensor, batch_size: int) -> None:
+    def step(self, images: Tensor, labels: Tensor, batch_size: int, gate_values: Tensor, lr: float) -> None:
         """One step of SGD on a batch."""
-        self.lr = self.learning_rate(self.progress.steps + 1)
-        self.engine.step(images, labels, gate_values, self.lr)
+        self.lr = lr
+        self.engine.step(images, labels, gate_values, lr)
 
     def evaluate(self) -> dict[str, float]:
         """The current network's validation and test error, in percent."""
         return {name: self.inference.error(*part) for name, part in self.evaluated.items()}
 
-    def check_finite(self, total: float) -> None:
-        """Copy the current state to the network and the optimizer, once they are saved, and check it."""
-        self.wait_for_writer()
+    def read_sums(self) -> list[list[float]]:
+        """The sums, after copying the current state to the network and the optimizer once they are saved."""
+        self.end()
         self.engine.export(self.optimizer)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
-        super().check_finite(total)
+        return super().read_sums()
 
-    def save(self, best: nn.Module | None = None) -> None:
+    def save(self, write: Callable[[], None]) -> None:
         """Write a checkpoint in the background. The network and the optimizer do not change until it is written."""
         if self.copies is not None:  # the thread must not wait for steps that are launched from now on
             self.copies.wait_stream(torch.cuda.current_stream())
-        progress = replace(self.progress)  # the run goes on
 
-        def write() -> None:
+        def write_aside() -> None:
             with torch.cuda.stream(self.copies):  # None: no change
-                self.folder.save(self.accelerator, progress, self.options.keep_checkpoints, best)
+                write()
 
-        self.saving = self.writer.submit(write)
+        self.saving = self.writer.submit(write_aside)
 
-    def wait_for_writer(self) -> None:
+    def end(self) -> None:
         """Wait until the last checkpoint is written. Raises what that raised."""
         if self.saving is not None:
             saving, self.saving = self.saving, None
             saving.result()
-
-    def end(self) -> None:
-        """Write the summary, once the weights are written."""
-        self.wait_for_writer()
-        super().end()
 
 
 def fill(images: Tensor, batches: Iterator[tuple[Tensor, Tensor]]) -> Tensor:

@@ -4,7 +4,6 @@ import re
 import shutil
 from pathlib import Path
 
-import torch
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -18,7 +17,6 @@ from .options import BOUND_OPTIONS
 from .pretrained import load_weights
 from .record import Record
 from .run_folder import RunFolder, read_summary, write_metrics
-from .training import create_network
 
 
 def make_folder(run: Path, name: str, address: str | None = None) -> Path:
@@ -32,7 +30,7 @@ def make_folder(run: Path, name: str, address: str | None = None) -> Path:
     """
     record, files, summary = Record.read(run), RunFolder(run), read_summary(run)
     options = record.options
-    network = create_network(options).to(memory_format=torch.contiguous_format)
+    network = options.create_model()
     load_weights(network, files.weights, options.data_tag)
     if summary != record.summary | {"sha256": sha256(files.weights)}:
         raise UserError(

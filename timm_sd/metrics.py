@@ -1,6 +1,6 @@
 """The metrics of an epoch: their names, and what values they can have."""
 
-# Summed over the steps of an epoch, by each process for its part of the batch: see Run.step.
+# Summed over the steps of an epoch, by each process for its part of the batch: see Learner.step.
 SUMS = ("train_loss", "train_error", "conv1_gradient")
 METRICS = ("epoch", "lr", *SUMS, "active_blocks", "images_per_second", "validation_error", "test_error", "seconds")
 POSITIVE = ("images_per_second", "seconds")

@@ -33,10 +33,9 @@ from tqdm import tqdm, trange
 from timm_sd import data, draw_gates, figures, gates, machine, register_depth, use_gates
 from timm_sd.command_line import Parser, one_line_errors, path, say
 from timm_sd.files import writing
+from timm_sd.learner import Learner
 from timm_sd.options import Options
-from timm_sd.run_folder import RunFolder
 from timm_sd.skip.benchmark import now
-from timm_sd.training import Run
 
 PARTS = ("data", "step", "depth", "timm")
 DEPTHS = (20, 56, 110, 1202, 2402, 4802)
@@ -75,18 +74,18 @@ def survival_of(network: nn.Module) -> list[float]:
     return [gate.survival for gate in gates(network)]
 
 
-def make_run(model: str, batch_size: int, **options) -> Run:
-    options = Options(model, "synthetic", batch_size=batch_size, **options)
-    return Run(Accelerator(), options, RunFolder(options.output_dir))
+def make_learner(model: str, batch_size: int, **options) -> Learner:
+    return Learner(Accelerator(), Options(model, "synthetic", batch_size=batch_size, **options))
 
 
-def run_step(run: Run) -> Step:
+def learner_step(learner: Learner) -> Step:
     """The trainer's own step, on the same batch every time."""
-    images, labels, size = next(run.batches())
-    run.model.train()
+    learner.begin()
+    batch = next(learner.batches(epoch=1))
+    learner.model.train()
 
     def step(t: int) -> None:
-        run.step(images, labels, draw_gates(run.survival, seed=0, step=t), size)
+        learner.step(*batch, draw_gates(learner.survival, seed=0, step=t), learner.options.lr)
 
     return step
 
@@ -118,13 +117,11 @@ def make_step(kind: str, model: str, batch_size: int) -> Step:
     name = model if kind.startswith("constant depth") else f"{model}_sd"
     if kind.endswith("plain loop"):
         return plain_step(name, batch_size)
-    run = make_run(name, batch_size, grad_checkpointing="checkpointing" in kind, cuda_graphs="graphs" in kind)
+    learner = make_learner(name, batch_size, grad_checkpointing="checkpointing" in kind, cuda_graphs="graphs" in kind)
     if kind in PEERS:
-        put_in(run.network, PEERS[kind])
-        run.gates, run.survival = [], []
-    if run.graphed:
-        run.graph_blocks()
-    return run_step(run)
+        put_in(learner.network, PEERS[kind])
+        learner.gates, learner.survival = [], []
+    return learner_step(learner)
 
 
 def time_steps(steps: dict[Hashable, Step], count: int, warm_up: int = 2) -> dict[Hashable, list[float]]:
@@ -196,11 +193,11 @@ def compare_steps(model: str, batch_size: int, count: int) -> float:
     memory = {kind: in_own_process(peak_memory, make_step, (kind, model, batch_size), range(count)) for kind in kinds}
 
     # Separate from the steps that are timed, so that they do not include the clock's hooks.
-    clocked = make_run(model, batch_size)
+    clocked = make_learner(model, batch_size)
     stage_seconds = clock_stages(clocked.network)
     steps = {kind: make_step(kind, model, batch_size) for kind in kinds}
     stochastic = survival_of(timm.create_model(f"{model}_sd"))
-    clocked_step = run_step(clocked)
+    clocked_step = learner_step(clocked)
     clocked_step(0)
     stage_seconds[:] = [0.0] * len(stage_seconds)
     seconds = time_steps(steps | {"clocked": clocked_step}, count)

@@ -17,7 +17,8 @@ from torch.profiler import ProfilerActivity, profile
 from timm_sd import data, draw_gates
 from timm_sd.engine import IMAGE_CHANNELS, SIZE, Engine, bordered
 from timm_sd.errors import UserError
-from timm_sd.fused import FusedRun, fill
+from timm_sd.fused import FusedLearner, fill
+from timm_sd.learner import Learner
 from timm_sd.options import Options
 from timm_sd.run_folder import RunFolder
 from timm_sd.skip.benchmark import now
@@ -44,9 +45,9 @@ def keep_images(data_dir: Path, few: tuple[int, int] | None) -> str:
     return dataset
 
 
-def make_run(model: str, kind: str, dataset: str, batch_size: int, output: Path | None = None) -> Run:
-    """A run of two epochs."""
-    options = Options(
+def options_for(model: str, kind: str, dataset: str, batch_size: int, output: Path | None = None) -> Options:
+    """The options of a run of two epochs."""
+    return Options(
         model,
         dataset,
         epochs=2,
@@ -56,25 +57,23 @@ def make_run(model: str, kind: str, dataset: str, batch_size: int, output: Path 
         fused=kind == FUSED,
         output=output,
     )
-    run_class = FusedRun if kind == FUSED else Run
-    return run_class(Accelerator(), options, RunFolder(options.output_dir))
 
 
 def make_step(model: str, kind: str, dataset: str, batch_size: int) -> Step:
     """A function that runs training step t, on the same batch every time."""
-    run = make_run(model, kind, dataset, batch_size)
-    images, labels, size = next(Run.batches(run))
+    learner = Learner(Accelerator(), options_for(model, kind, dataset, batch_size))
+    images, labels, size = batch = next(learner.batches(epoch=1))
+    lr = learner.options.lr
     if kind == FUSED:
-        dtype = torch.bfloat16 if run.accelerator.mixed_precision == "bf16" else torch.float32
-        engine = Engine(run.network, run.options.weight_decay, [size], dtype)
-        engine.load(run.optimizer)
+        dtype = torch.bfloat16 if learner.accelerator.mixed_precision == "bf16" else torch.float32
+        engine = Engine(learner.network, learner.options.weight_decay, [size], dtype)
+        engine.load(learner.optimizer)
         framed = bordered(size, SIZE, IMAGE_CHANNELS, dtype, images.device)
         fill(framed, iter([(images, labels)]))
-        return lambda t: engine.step(framed, labels, draw_gates(run.survival, 0, t), run.options.lr)
-    if run.graphed:
-        run.graph_blocks()
-    run.model.train()
-    return lambda t: run.step(images, labels, draw_gates(run.survival, 0, t), size)
+        return lambda t: engine.step(framed, labels, draw_gates(learner.survival, 0, t), lr)
+    learner.begin()
+    learner.model.train()
+    return lambda t: learner.step(*batch, draw_gates(learner.survival, 0, t), lr)
 
 
 def time_steps(
@@ -136,7 +135,10 @@ def train_epochs(models: dict[str, str], dataset: str, batch_size: int, until: f
 def epochs_of(model: str, kind: str, dataset: str, batch_size: int) -> list[dict[str, float]]:
     """The metrics of each epoch, its `seconds` from one checkpoint to the next."""
     with TemporaryDirectory() as folder:
-        run = make_run(model, kind, dataset, batch_size, Path(folder) / "run")
+        options = options_for(model, kind, dataset, batch_size, Path(folder) / "run")
+        accelerator = Accelerator()
+        learner = (FusedLearner if kind == FUSED else Learner)(accelerator, options)
+        run = Run(accelerator, options, RunFolder(options.output_dir), learner)
         moments = []
 
         def noting(function: Callable) -> Callable:

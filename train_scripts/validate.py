@@ -22,7 +22,6 @@ from timm_sd.options import DATASETS, Options
 from timm_sd.pretrained import load_weights
 from timm_sd.record import read_options
 from timm_sd.run_folder import RunFolder
-from timm_sd.training import create_network
 
 SPLITS = ("train", "validation", "test")
 
@@ -67,7 +66,7 @@ def load_network(options: Options, args: argparse.Namespace) -> nn.Module:
             return timm.create_model(name, pretrained=True)
         except RuntimeError as error:
             raise UserError(str(error)) from error
-    network = create_network(options)
+    network = options.create_model()
     load_weights(network, args.checkpoint or RunFolder(args.run).weights, options.data_tag)
     return network
 
