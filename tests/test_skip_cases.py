@@ -13,8 +13,9 @@ import timm
 import timm_blocks
 import torch
 import torch.nn.functional as F
+from accelerate import cpu_offload
 from forced import assert_drops_as_plain, assert_same, check, forced, results
-from timm.layers import DropPath, freeze_batch_norm_2d, set_reentrant_ckpt
+from timm.layers import DropPath, convert_splitbn_model, freeze_batch_norm_2d, set_reentrant_ckpt
 from timm.models.swin_transformer import window_partition, window_reverse
 from timm.models.vision_transformer import Block
 from timm.optim import create_optimizer_v2
@@ -23,7 +24,7 @@ from torch import nn
 from torch.func import functional_call, grad, jvp, vmap
 from torch.utils.checkpoint import checkpoint
 
-from timm_sd import draw_gates, gates, register_drop_path, skip_drop_path, use_gates
+from timm_sd import draw_gates, gates, register_drop_path, restore_drop_path, skip_drop_path, use_gates
 from timm_sd.skip import drop_paths
 
 MODES = "row", "count", "batch"
@@ -735,6 +736,58 @@ def test_a_branch_may_be_broadcast(mode):
     model = convert(plain, mode, x)
     for samples in (6, 2, 1):
         check(plain, model, x[:samples])
+
+
+class Adapted(nn.Module):
+    """What adapters such as LoRA do: more of the same input is added to a module's output."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.more = base, copy.deepcopy(base)
+        for owner in self.more.modules():
+            owner._forward_pre_hooks.clear()
+
+    def forward(self, x):
+        return self.base(x) + self.more(x)
+
+
+@pytest.mark.parametrize("batch_size", [2, 6])
+def test_a_module_where_a_branch_begins_that_is_wrapped_later(batch_size):
+    """Its hook would take rows of a part of what the wrapper computes. In a batch of 2, the sizes would still match."""
+    plain = small("test_convnext", ls_init_value=1.0).double()
+    converted = skip_drop_path(copy.deepcopy(plain), "row", strict=True)
+    for model in (plain, converted):
+        block = model.stages[3].blocks[0]
+        block.conv_dw = Adapted(block.conv_dw)
+    kept = [torch.arange(batch_size) == batch_size - 1 for _ in gates(converted)]
+    with pytest.warns(
+        UserWarning, match=r"ConvNeXtBlock computes .*, since modules were replaced \(conv_dw\): convert again"
+    ):
+        assert_drops_as_plain(plain, converted, kept, images(batch_size).double())
+
+
+def test_batch_norms_that_are_replaced_later():
+    """Their successors do not know that no sample is kept, and would keep statistics of a row that does not count."""
+    plain = small("test_resnet").double()
+    converted = skip_drop_path(copy.deepcopy(plain), "batch")
+    plain, converted = (convert_splitbn_model(model, 2) for model in (plain, converted))
+    kept = [torch.zeros(6, dtype=torch.bool) for _ in gates(converted)]
+    with pytest.warns(UserWarning, match=r"computes what its drop paths drop, since modules were replaced \(bn1, bn2"):
+        assert_drops_as_plain(plain, converted, kept, images().double())
+    for (name, found), expected in zip(converted.named_buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(found, expected, msg=name)
+
+
+def test_restored_under_the_hooks_of_another_library():
+    """They keep the forward methods that they have found, among them those of drop paths and batch normalizations."""
+    plain = small("test_resnet")
+    converted = skip_drop_path(copy.deepcopy(plain), "batch")
+    cpu_offload(converted, execution_device=torch.device("cpu"))
+    restore_drop_path(converted)
+    for model in (plain, converted):
+        torch.manual_seed(3)
+        model.output = model(images())
+    assert torch.equal(converted.output, plain.output)
 
 
 def test_a_drop_path_or_child_that_is_replaced_later():

@@ -7,7 +7,7 @@ the block's `Skipping` and their name in it.
 
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,8 @@ class Skipping:
         self.calls = {b.end: (*b.drop_path.split("."), gate_name(b.end[1])) for b in branches}
         self.in_full = Plan(tuple(Branch(call, entries={}) for call in self.calls), ())
         self.empty_on = {name: branch.empty_on for branch in branches for name in branch.norms}
+        names = {name for branch in branches for name in branch.modules() - {branch.drop_path, BLOCK[0]}}
+        self.hooked = {name: name.split(".") for name in sorted(names)}
 
     def new_pass(self, args: tuple, kwargs: dict) -> Pass:
         """A pass of the block."""
@@ -47,18 +49,31 @@ class Skipping:
         if plan is None or not plan.fits(values):
             warn(f"{type(self.block).__name__} computes what its drop paths drop: the example had no such call")
             plan = self.in_full
+        elif replaced := [name for name, path in self.hooked.items() if not self._is_own(self._child(path))]:
+            block, names = type(self.block).__name__, ", ".join(replaced)
+            warn(f"{block} computes what its drop paths drop, since modules were replaced ({names}): convert again")
+            plan = self.in_full
         return Pass(plan, gates, values)
 
     def gates(self) -> dict[tuple[str, int], DropPathGate]:
         """The gate of each call of a drop path that has not been replaced."""
         found = {}
         for call, path in self.calls.items():
-            gate = self.block
-            for name in path:
-                gate = getattr(gate, name, None)
+            gate = self._child(path)
             if isinstance(gate, DropPathGate):
                 found[call] = gate
         return found
+
+    def _child(self, path: Sequence[str]) -> nn.Module | None:
+        child = self.block
+        for name in path:
+            child = getattr(child, name, None)
+        return child
+
+    def _is_own(self, child: nn.Module | None) -> bool:
+        """Whether a child has hooks of this block. Wrappers that only pass on have its attributes, too."""
+        skipping, _ = getattr(child, "skipped", (None, None))
+        return skipping is self
 
     def current(self, called: str | None = None) -> Pass | None:
         """The pass that is going on, also if it begins with the child that is called; None outside of the block."""
@@ -133,6 +148,8 @@ def end(block: nn.Module, args: tuple, output: object) -> Tensor | None:
 
 def called(child: nn.Module) -> tuple[Pass | None, int | None, tuple[str, int] | None]:
     """The pass that a child is called in, the index of the branch that begins or ends there, and the call."""
+    if "skipped" not in vars(child):  # restored, but another library has kept the forward method
+        return None, None, None
     skipping, name = child.skipped
     current = skipping.current(name)
     if current is None:
@@ -176,6 +193,8 @@ def leave(drop_path: nn.Module, *args: object, **kwargs: object) -> Tensor:
 
 def normalize(norm: nn.Module, *args: object, **kwargs: object) -> object:
     """The forward method of a normalization over the batch: without samples, it keeps its statistics."""
+    if "skipped" not in vars(norm):  # as in `called`
+        return type(norm).forward(norm, *args, **kwargs)
     (skipping, name), (x, *_) = norm.skipped, (*args, *kwargs.values())
     if len(x) == 0 or (x.device.type not in skipping.empty_on[name] and skipping.is_closed(name)):
         frozen = object.__new__(type(norm))  # other threads would see a flag set in the module
