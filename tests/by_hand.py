@@ -8,8 +8,8 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from timm_sd import data
-from timm_sd.regularization import Regularization
+from timm_sd.train import data
+from timm_sd.train.regularization import Regularization
 
 # All regularizers at once
 REGULARIZERS = dict(label_smoothing=0.1, random_erasing=0.5, mixup=0.4, cutmix=1.0, dropout=0.3, ema_decay=0.6)

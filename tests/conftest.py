@@ -38,11 +38,11 @@ import timm  # noqa: E402
 import torch  # noqa: E402
 from runs import few  # noqa: E402
 
-from timm_sd import data  # noqa: E402
+from timm_sd.train import data  # noqa: E402
 
 SCRIPTS = Path(__file__).parents[1] / "train_scripts"
 # Processes that tests start are forked from a server that has already imported this.
-multiprocessing.set_forkserver_preload(["timm_sd.training"])
+multiprocessing.set_forkserver_preload(["timm_sd.train.training"])
 
 
 def take_few_images(monkeypatch):
@@ -97,7 +97,7 @@ def large_tiles(monkeypatch):
     """Few programs for each kernel of the engine, since Triton's interpreter runs one after another."""
     import triton.language as tl  # not on every machine
 
-    from timm_sd import engine
+    from timm_sd.train.gpu import engine
 
     tiles = {
         16: engine.Tiles(convolution=1024, sum=1024, normalization=1024, gradient_tile=1024, gradient=1024, warps=4),

@@ -31,10 +31,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from test_resume import TIMES, content_of, options_for
 
-from timm_sd import files, hub, machine, training
+from timm_sd import files
 from timm_sd.errors import UserError
-from timm_sd.pretrained import load_weights
-from timm_sd.record import Record
+from timm_sd.paper.pretrained import load_weights
+from timm_sd.report import hub
+from timm_sd.report.record import Record
+from timm_sd.train import machine, training
 
 MODEL, REPO, TOKEN = "cifar_resnet20_sd", "ann/small-sd", "hf_token_of_ann"
 # JSON, or nearly JSON, to put in place of what is expected.

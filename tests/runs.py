@@ -7,9 +7,9 @@ import signal
 import sys
 from pathlib import Path
 
-from timm_sd import data, training
-from timm_sd.learner import Learner
-from timm_sd.options import Options
+from timm_sd.train import data, training
+from timm_sd.train.learner import Learner
+from timm_sd.train.options import Options
 
 load = functools.cache(data.load)  # drawing the synthetic images takes longer than training on a few of them
 

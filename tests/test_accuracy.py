@@ -11,7 +11,7 @@ from conftest import SCRIPTS
 from runs import load_few
 from timm.layers import DropPath
 
-from timm_sd import data
+from timm_sd.train import data
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from test_pretrained import NAMES, WEIGHTS
 
-from timm_sd.figures import training_seconds
-from timm_sd.model_card import model_card
-from timm_sd.record import Record
+from timm_sd.report.figures import training_seconds
+from timm_sd.report.model_card import model_card
+from timm_sd.report.record import Record
 
 ROOT = Path(__file__).parents[1]
 CARDS = [ROOT / "model_cards" / name for name in NAMES]

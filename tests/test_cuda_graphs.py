@@ -10,9 +10,12 @@ import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 
-from timm_sd import cuda_graphs, draw_gates, stochastic_depth, training, use_gates
-from timm_sd.learner import Learner
-from timm_sd.options import Options
+from timm_sd import draw_gates, use_gates
+from timm_sd.paper import stochastic_depth
+from timm_sd.train import training
+from timm_sd.train.gpu import cuda_graphs
+from timm_sd.train.learner import Learner
+from timm_sd.train.options import Options
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 

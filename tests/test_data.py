@@ -14,12 +14,12 @@ from scipy.io import savemat
 from torchvision.datasets import SVHN
 from torchvision.transforms.functional import to_pil_image
 
-from timm_sd import data
 from timm_sd.errors import UserError
-from timm_sd.learner import Learner
-from timm_sd.learning_rate import learning_rate
-from timm_sd.options import Options
-from timm_sd.paper import PROTOCOLS
+from timm_sd.paper.datasets import PROTOCOLS
+from timm_sd.train import data
+from timm_sd.train.learner import Learner
+from timm_sd.train.learning_rate import learning_rate
+from timm_sd.train.options import Options
 
 
 def make_set(num_images=50):

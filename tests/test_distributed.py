@@ -18,11 +18,11 @@ from by_hand import REGULARIZERS, assert_metrics_are_close, protocol_by_hand
 from conftest import SCRIPTS, in_processes
 from safetensors.torch import load_file
 
-from timm_sd import data, machine, processes, training
 from timm_sd.errors import UserError
-from timm_sd.learner import Learner
-from timm_sd.options import Options
-from timm_sd.run_folder import RunFolder
+from timm_sd.train import data, machine, processes, training
+from timm_sd.train.learner import Learner
+from timm_sd.train.options import Options
+from timm_sd.train.run_folder import RunFolder
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from timm_sd import data, evaluation, training
-from timm_sd.evaluation import evaluate
-from timm_sd.labels import SYNTHETIC_LABELS
-from timm_sd.options import Options
+from timm_sd.paper.labels import SYNTHETIC_LABELS
+from timm_sd.train import data, evaluation, training
+from timm_sd.train.evaluation import evaluate
+from timm_sd.train.options import Options
 
 
 @pytest.fixture

@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 from by_hand import REGULARIZERS
 
-from timm_sd import data, figures, results
 from timm_sd.errors import UserError
-from timm_sd.figures import CONSTANT, STOCHASTIC
-from timm_sd.options import Options, add_options
-from timm_sd.record import Record
+from timm_sd.report import figures, results
+from timm_sd.report.figures import CONSTANT, STOCHASTIC
+from timm_sd.report.record import Record
+from timm_sd.train import data
+from timm_sd.train.options import Options, add_options
 
 ENVIRONMENT = dict(
     processes=1, threads=2, device="cpu", dynamo_backend="NO", processor="a processor", git_commit="c0ffee",

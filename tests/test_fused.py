@@ -12,16 +12,16 @@ import runs
 import torch
 from test_resume import end_of
 
-from timm_sd import data, launch, run_folder, training
 from timm_sd.errors import UserError
-from timm_sd.learner import Learner
-from timm_sd.options import Options
-from timm_sd.paper import PROTOCOLS
-from timm_sd.record import Record
+from timm_sd.paper.datasets import PROTOCOLS
+from timm_sd.report.record import Record
+from timm_sd.train import data, launch, run_folder, training
+from timm_sd.train.learner import Learner
+from timm_sd.train.options import Options
 
 pytest.importorskip("triton", reason="Triton comes with PyTorch's CUDA builds for Linux only")
 
-from timm_sd import fused, inference
+from timm_sd.train.gpu import fused, inference
 
 pytestmark = pytest.mark.usefixtures("registry")  # depths 8 and 14
 

@@ -3,7 +3,7 @@
 import fuzz
 import pytest
 
-from timm_sd import cifar_resnet
+from timm_sd.paper import cifar_resnet
 
 
 @pytest.mark.filterwarnings("ignore")  # the client's warnings about the Hub's responses

@@ -25,10 +25,11 @@ from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 from timm.models import _builder
 
-from timm_sd import gates, training
-from timm_sd.model_card import model_card
-from timm_sd.options import Options
-from timm_sd.record import Record
+from timm_sd import gates
+from timm_sd.report.model_card import model_card
+from timm_sd.report.record import Record
+from timm_sd.train import training
+from timm_sd.train.options import Options
 
 REPO = "ann/small-sd"
 FILES = {"README.md", "config.json", "curve.png", "metrics.jsonl", "model.safetensors", "summary.json"}
@@ -534,7 +535,7 @@ def test_the_folder_is_locked_until_it_is_uploaded(publish, hub, run, monkeypatc
             FileLock(run / "lock").acquire(timeout=0)
         return "uploaded"
 
-    monkeypatch.setattr("timm_sd.hub.upload", upload)
+    monkeypatch.setattr("timm_sd.report.hub.upload", upload)
     assert publish()[0] == 0
 
 

@@ -20,8 +20,8 @@ pytest.importorskip("triton", reason="Triton comes with PyTorch's CUDA builds fo
 
 import triton.language as tl
 
-from timm_sd import engine, inference, kernels
-from timm_sd.engine import Engine, bordered, inside
+from timm_sd.train.gpu import engine, inference, kernels
+from timm_sd.train.gpu.engine import Engine, bordered, inside
 
 pytestmark = pytest.mark.usefixtures("registry")  # depths 8 and 14
 IMAGES = (3, 2)  # of a full batch and of the last one

@@ -7,9 +7,9 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
-from timm_sd import machine, training
 from timm_sd.errors import UserError
-from timm_sd.options import Options
+from timm_sd.train import machine, training
+from timm_sd.train.options import Options
 
 
 @pytest.fixture

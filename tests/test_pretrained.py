@@ -9,10 +9,10 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-from timm_sd import pretrained
 from timm_sd.errors import UserError
+from timm_sd.paper import pretrained
 
-WEIGHTS = Path(__file__).parents[1] / "timm_sd" / "weights"
+WEIGHTS = Path(__file__).parents[1] / "timm_sd" / "paper" / "weights"
 NAMES = ["cifar_resnet110.e100_cifar10", "cifar_resnet110_sd.e100_cifar10"]
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 

@@ -7,8 +7,8 @@ import timm
 import torch
 from by_hand import REGULARIZERS
 
-from timm_sd.options import Options
-from timm_sd.regularization import Regularization
+from timm_sd.train.options import Options
+from timm_sd.train.regularization import Regularization
 
 B = 24
 CPU = torch.device("cpu")

@@ -15,10 +15,11 @@ from by_hand import REGULARIZERS
 from conftest import in_processes, take_few_images
 from safetensors.torch import load_file
 
-from timm_sd import files, learner, machine, run_folder, training
+from timm_sd import files
 from timm_sd.errors import UserError
-from timm_sd.learner import Learner
-from timm_sd.options import Options
+from timm_sd.train import learner, machine, run_folder, training
+from timm_sd.train.learner import Learner
+from timm_sd.train.options import Options
 
 TIMES = ("seconds", "images_per_second")
 pytestmark = pytest.mark.usefixtures("few_images")

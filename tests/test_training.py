@@ -15,13 +15,14 @@ from by_hand import REGULARIZERS, assert_metrics_are_close, protocol_by_hand
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from timm_sd import StochasticDepth, data, gates, learner, training
+from timm_sd import StochasticDepth, gates
 from timm_sd.errors import UserError
-from timm_sd.evaluation import Evaluation
-from timm_sd.learner import Learner
-from timm_sd.learning_rate import one_cycle, stepwise
-from timm_sd.options import Options, add_options
-from timm_sd.paper import PROTOCOLS
+from timm_sd.paper.datasets import PROTOCOLS
+from timm_sd.train import data, learner, training
+from timm_sd.train.evaluation import Evaluation
+from timm_sd.train.learner import Learner
+from timm_sd.train.learning_rate import one_cycle, stepwise
+from timm_sd.train.options import Options, add_options
 
 
 def test_learning_rate_of_the_authors():

@@ -25,12 +25,13 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from timm_sd import data, draw_gates, gates, machine, skip_drop_path, use_gates
+from timm_sd import draw_gates, gates, skip_drop_path, use_gates
 from timm_sd.command_line import Parser, one_line_errors, path
-from timm_sd.evaluation import evaluate
 from timm_sd.files import writing
 from timm_sd.gate import MODES
 from timm_sd.skip.benchmark import DROP_PATH
+from timm_sd.train import data, machine
+from timm_sd.train.evaluation import evaluate
 
 ARMS = (DROP_PATH, *MODES, NONE)
 NETWORKS: dict[str, Callable[[float], nn.Module]] = {

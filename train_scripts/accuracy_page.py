@@ -10,11 +10,11 @@ from accuracy import ARMS, BATCH_SIZE, EPOCHS, EXACT_STEPS, LOG, MARGIN, NETWORK
 from benchmark_timm import COLORS, NONE
 from matplotlib.figure import Figure
 
-from timm_sd import figures
 from timm_sd.command_line import Parser, one_line_errors, say
 from timm_sd.errors import UserError
 from timm_sd.files import write, writing
 from timm_sd.gate import MODES
+from timm_sd.report import figures
 from timm_sd.skip.benchmark import DROP_PATH
 
 PAGE = Path("docs/accuracy.md")

@@ -30,12 +30,14 @@ from torchvision.ops import StochasticDepth as TorchvisionStochasticDepth
 from torchvision.transforms import v2
 from tqdm import tqdm, trange
 
-from timm_sd import data, draw_gates, figures, gates, machine, register_depth, use_gates
+from timm_sd import draw_gates, gates, register_depth, use_gates
 from timm_sd.command_line import Parser, one_line_errors, path, say
 from timm_sd.files import writing
-from timm_sd.learner import Learner
-from timm_sd.options import Options
+from timm_sd.report import figures
 from timm_sd.skip.benchmark import now
+from timm_sd.train import data, machine
+from timm_sd.train.learner import Learner
+from timm_sd.train.options import Options
 
 PARTS = ("data", "step", "depth", "timm")
 DEPTHS = (20, 56, 110, 1202, 2402, 4802)

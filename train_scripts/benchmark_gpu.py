@@ -24,10 +24,11 @@ import torch
 from accelerate import Accelerator, PartialState
 from benchmark_gpu_tables import RESULTS, read, tables
 
-from timm_sd import __version__, machine
+from timm_sd import __version__
 from timm_sd.command_line import say
 from timm_sd.errors import UserError, one_line
 from timm_sd.files import write_json, writing
+from timm_sd.train import machine
 
 # The parts in order, and how they share the time: what one leaves, or takes too much, is shared by the rest.
 SHARES = dict(kernels=26, network=12, step_ms=14, epochs=20, profile=6, timm_models=22)
@@ -74,7 +75,7 @@ def start() -> bool:
         )
     machine.start(mixed_precision="no" if dry else "bf16")
     if dry:
-        from timm_sd import engine
+        from timm_sd.train.gpu import engine
 
         say("dry run: the interpreter in place of a GPU")
         # Few programs for each kernel, since the interpreter runs one after another.
@@ -94,7 +95,7 @@ def make_parts(sizes: Sizes, data_dir: Path, gpu_models: list[str] | None) -> di
     import benchmark_gpu_cifar as cifar
     import benchmark_gpu_timm as of_timm
 
-    from timm_sd import data
+    from timm_sd.train import data
 
     dataset = cifar.keep_images(data_dir, sizes.images)
     images, _ = data.load(dataset, data_dir)

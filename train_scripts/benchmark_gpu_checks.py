@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from timm_sd import data, draw_gates, gates, register_depth, use_gates
-from timm_sd.engine import ALWAYS, IMAGE_CHANNELS, SIZE, Block, Engine, Slot, bordered, inside
-from timm_sd.inference import Inference
-from timm_sd.stochastic_depth import StochasticDepth
+from timm_sd import draw_gates, gates, register_depth, use_gates
+from timm_sd.paper.stochastic_depth import StochasticDepth
+from timm_sd.train import data
+from timm_sd.train.gpu.engine import ALWAYS, IMAGE_CHANNELS, SIZE, Block, Engine, Slot, bordered, inside
+from timm_sd.train.gpu.inference import Inference
 
 LR, WEIGHT_DECAY = 0.1, 1e-4
 DEPTH = 14  # the smallest whose blocks have every width with stride 1

@@ -14,15 +14,16 @@ from benchmark_timm import Step
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from timm_sd import data, draw_gates
-from timm_sd.engine import IMAGE_CHANNELS, SIZE, Engine, bordered
+from timm_sd import draw_gates
 from timm_sd.errors import UserError
-from timm_sd.fused import FusedLearner, fill
-from timm_sd.learner import Learner
-from timm_sd.options import Options
-from timm_sd.run_folder import RunFolder
 from timm_sd.skip.benchmark import now
-from timm_sd.training import Run
+from timm_sd.train import data
+from timm_sd.train.gpu.engine import IMAGE_CHANNELS, SIZE, Engine, bordered
+from timm_sd.train.gpu.fused import FusedLearner, fill
+from timm_sd.train.learner import Learner
+from timm_sd.train.options import Options
+from timm_sd.train.run_folder import RunFolder
+from timm_sd.train.training import Run
 
 EAGER, CUDA_GRAPHS, FUSED = KINDS = ("eager", "cuda_graphs", "fused")
 PROFILED = 2  # steps

@@ -5,11 +5,11 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from timm_sd import figures
 from timm_sd.command_line import say
 from timm_sd.errors import UserError
-from timm_sd.figures import COLORS, CONSTANT, STOCHASTIC
 from timm_sd.files import read_json, writing
+from timm_sd.report import figures
+from timm_sd.report.figures import COLORS, CONSTANT, STOCHASTIC
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results" / "gpu.json"

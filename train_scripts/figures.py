@@ -9,11 +9,11 @@ import argparse
 import shlex
 import sys
 
-from timm_sd import figures, results
 from timm_sd.command_line import Parser, one_line_errors, path, say
-from timm_sd.figures import CONSTANT, STOCHASTIC
 from timm_sd.files import write, writing
-from timm_sd.record import Record
+from timm_sd.report import figures, results
+from timm_sd.report.figures import CONSTANT, STOCHASTIC
+from timm_sd.report.record import Record
 
 
 def parse_args() -> argparse.Namespace:

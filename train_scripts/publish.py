@@ -11,9 +11,9 @@ import argparse
 from contextlib import closing
 
 from timm_sd.command_line import Parser, one_line_errors, path, say
-from timm_sd.hub import check_address, make_folder, upload
-from timm_sd.record import Record
-from timm_sd.run_folder import RunFolder
+from timm_sd.report.hub import check_address, make_folder, upload
+from timm_sd.report.record import Record
+from timm_sd.train.run_folder import RunFolder
 
 
 def parse_args() -> argparse.Namespace:

@@ -4,8 +4,8 @@ import start  # noqa: F401
 
 # isort: split
 from timm_sd.command_line import Parser, one_line_errors
-from timm_sd.options import Options, add_options
-from timm_sd.training import train
+from timm_sd.train.options import Options, add_options
+from timm_sd.train.training import train
 
 
 def main() -> None:

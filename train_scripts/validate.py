@@ -13,15 +13,17 @@ import timm
 import torch
 from torch import nn
 
-from timm_sd import data, machine, pretrained, register_depth
+from timm_sd import register_depth
 from timm_sd.command_line import Parser, one_line_errors, path, say
 from timm_sd.errors import UserError
-from timm_sd.evaluation import evaluate
 from timm_sd.gate import gates
-from timm_sd.options import DATASETS, Options
-from timm_sd.pretrained import load_weights
-from timm_sd.record import read_options
-from timm_sd.run_folder import RunFolder
+from timm_sd.paper import pretrained
+from timm_sd.paper.pretrained import load_weights
+from timm_sd.report.record import read_options
+from timm_sd.train import data, machine
+from timm_sd.train.evaluation import evaluate
+from timm_sd.train.options import DATASETS, Options
+from timm_sd.train.run_folder import RunFolder
 
 SPLITS = ("train", "validation", "test")
 

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
+from ..paper.datasets import PROTOCOLS
 from .options import Options
-from .paper import PROTOCOLS
 
 ONE_CYCLE_RISE = 0.2  # fraction of all steps
 

@@ -25,8 +25,8 @@ from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 from torch import nn
 
-from .errors import UserError
-from .files import check_sums, parse_json, read_json, sha256, sync, write, write_json, write_sums, writing
+from ..errors import UserError
+from ..files import check_sums, parse_json, read_json, sha256, sync, write, write_json, write_sums, writing
 from .metrics import SUMS, check_metrics
 from .options import BOUND_OPTIONS, DEFAULTS, Options
 

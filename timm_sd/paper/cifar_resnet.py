@@ -24,7 +24,7 @@ from timm.models._features import feature_take_indices
 from timm.models._features_fx import register_notrace_module
 from torch import Tensor, nn
 
-from .gate import MODES, check_choice
+from ..gate import MODES, check_choice
 from .labels import CIFAR10_LABELS, CIFAR100_LABELS, SVHN_LABELS
 from .pretrained import check_architecture, check_values, names, resolve, source
 from .stochastic_depth import StochasticDepth, survival_probabilities

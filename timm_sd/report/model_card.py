@@ -5,10 +5,10 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from . import pretrained
-from .cifar_resnet import DEPTHS, CifarResNet
-from .files import read_sums
-from .options import GROUPS, RUN, Options
+from ..files import read_sums
+from ..paper import pretrained
+from ..paper.cifar_resnet import DEPTHS, CifarResNet
+from ..train.options import GROUPS, RUN, Options
 from .record import Record
 
 TEMPLATE = Path(__file__).parent / "model_card.md.jinja"

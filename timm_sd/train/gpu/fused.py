@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from . import data
-from .command_line import say
+from ...command_line import say
+from ...errors import UserError
+from ...paper.datasets import PROTOCOLS
+from .. import data
+from ..evaluation import BATCH_SIZE
+from ..learner import Learner
 from .engine import IMAGE_CHANNELS, SIZE, Engine, bordered, inside
-from .errors import UserError
-from .evaluation import BATCH_SIZE
 from .inference import Inference
-from .learner import Learner
-from .paper import PROTOCOLS
 
 AUGMENTED = 5000  # images at a time
 LARGEST_BATCH = 50_000  # since kernels count in 32 bits

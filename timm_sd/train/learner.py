@@ -12,14 +12,14 @@ from accelerate.utils import DistributedType, broadcast, set_seed
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from ..errors import UserError
+from ..gate import gates, use_gates
+from ..paper.datasets import PROTOCOLS
 from . import data
-from .cuda_graphs import graph_blocks
-from .errors import UserError
 from .evaluation import evaluate
-from .gate import gates, use_gates
+from .gpu.cuda_graphs import graph_blocks
 from .metrics import SUMS
 from .options import Options
-from .paper import PROTOCOLS
 from .processes import mean_in_order, on_all_processes, on_main_process
 from .regularization import Regularization
 

@@ -11,12 +11,12 @@ from typing import Any, get_args, get_type_hints
 import timm
 from torch import nn
 
-from .cifar_resnet import is_depth, register_depth
-from .command_line import path
-from .errors import UserError
-from .labels import SYNTHETIC_LABELS
-from .paper import PROTOCOLS
-from .stochastic_depth import SCHEDULES, survival_probabilities
+from ..command_line import path
+from ..errors import UserError
+from ..paper.cifar_resnet import is_depth, register_depth
+from ..paper.datasets import PROTOCOLS
+from ..paper.labels import SYNTHETIC_LABELS
+from ..paper.stochastic_depth import SCHEDULES, survival_probabilities
 
 DATASETS = tuple(PROTOCOLS)
 LR_SCHEDULES = ("steps", "one-cycle")

@@ -11,10 +11,10 @@ from accelerate import Accelerator
 from timm.models import filter_pretrained_cfg
 from tqdm.auto import tqdm
 
+from ..command_line import say
+from ..errors import UserError
+from ..gate import draw_gates
 from . import machine
-from .command_line import say
-from .errors import UserError
-from .gate import draw_gates
 from .interruption import Interruption
 from .launch import create_accelerator
 from .learner import Learner
@@ -26,7 +26,7 @@ from .run_folder import Progress, RunFolder, summarize
 
 
 def train(options: Options) -> None:
-    """Train, writing the files listed in `timm_sd.run_folder`.
+    """Train, writing the files listed in `timm_sd.train.run_folder`.
 
     Raises UserError if the folder has another run or another process trains in it, the data is missing, the run
     diverges, the disk is full or a signal stops it. None of these loses a checkpoint already written.
@@ -34,7 +34,7 @@ def train(options: Options) -> None:
     accelerator = create_accelerator(options)
     folder = RunFolder(options.output_dir)
     if options.fused:
-        from .fused import FusedLearner  # imports Triton, which not every machine has
+        from .gpu.fused import FusedLearner  # imports Triton, which not every machine has
     try:
         learner = (FusedLearner if options.fused else Learner)(accelerator, options)
         Run(accelerator, options, folder, learner).train()

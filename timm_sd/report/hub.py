@@ -9,14 +9,15 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from timm.models._hub import save_for_hf
 
-from . import __version__, figures
-from .errors import UserError, one_line
-from .files import sha256, write_json, writing
+from .. import __version__
+from ..errors import UserError, one_line
+from ..files import sha256, write_json, writing
+from ..paper.pretrained import load_weights
+from ..train.options import BOUND_OPTIONS
+from ..train.run_folder import RunFolder, read_summary, write_metrics
+from . import figures
 from .model_card import model_card
-from .options import BOUND_OPTIONS
-from .pretrained import load_weights
 from .record import Record
-from .run_folder import RunFolder, read_summary, write_metrics
 
 
 def make_folder(run: Path, name: str, address: str | None = None) -> Path:

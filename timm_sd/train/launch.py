@@ -7,8 +7,8 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, DynamoBackend
 
+from ..errors import UserError
 from . import machine
-from .errors import UserError
 from .options import Options
 
 

@@ -8,7 +8,7 @@ from accelerate.state import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
-from .errors import UserError
+from ..errors import UserError
 
 T = TypeVar("T")
 

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .gate import Gate, check_choice, check_survival
-from .rows import put_rows, take_rows, zero_gradients
+from ..gate import Gate, check_choice, check_survival
+from ..rows import put_rows, take_rows, zero_gradients
 
 # p_b from a block's relative depth b / L and p_L.
 SCHEDULES = {

@@ -5,7 +5,7 @@ from datetime import timedelta
 
 import numpy as np
 
-from .errors import UserError
+from ..errors import UserError
 from .figures import CONSTANT, STOCHASTIC, Groups, curves, kind, training_seconds
 from .record import Record
 

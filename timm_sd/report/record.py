@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from . import paper
-from .errors import UserError
-from .gate import gates
-from .options import BOUND_OPTIONS, DEFAULTS, GROUPS, REGULARIZATION, Options, flag
-from .run_folder import Progress, RunFolder, read_config, summarize
+from ..errors import UserError
+from ..gate import gates
+from ..paper import datasets
+from ..train.options import BOUND_OPTIONS, DEFAULTS, GROUPS, REGULARIZATION, Options, flag
+from ..train.run_folder import Progress, RunFolder, read_config, summarize
 
 # The facts in every environment. All but the first also have "since", the checkpoint that was resumed there.
 MACHINE = ("device", "processor", "processes", "threads")  # what the speed depends on most
@@ -94,9 +94,9 @@ class Record:
         return summarize(self.options, self.history)
 
     @property
-    def protocol(self) -> paper.Protocol:
+    def protocol(self) -> datasets.Protocol:
         """How the authors use the data set."""
-        return paper.PROTOCOLS[self.options.dataset]
+        return datasets.PROTOCOLS[self.options.dataset]
 
     @cached_property
     def survival(self) -> list[float]:
@@ -138,7 +138,7 @@ class Record:
         if self.stochastic and (self.survival[-1] != 0.5 or self.options.drop_path_schedule != "linear"):
             return None
         trained = "stochastic" if self.stochastic else "constant"
-        return paper.PUBLISHED.get((self.options.depth, trained, self.options.dataset))
+        return datasets.PUBLISHED.get((self.options.depth, trained, self.options.dataset))
 
     @property
     def command(self) -> str:

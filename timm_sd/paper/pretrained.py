@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
-from .errors import UserError
-from .files import read_sums, sha256
+from ..errors import UserError
+from ..files import read_sums, sha256
 
 WEIGHTS = Path(__file__).parent / "weights"
 HUB_NAMESPACE = "timm-sd"

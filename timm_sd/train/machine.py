@@ -13,8 +13,8 @@ import torch
 import torchvision
 from accelerate import Accelerator
 
-from . import __version__
-from .errors import UserError
+from .. import __version__
+from ..errors import UserError
 
 CGROUP = Path("/sys/fs/cgroup")
 CPU_QUOTAS = (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"])  # of cgroup v2 and v1

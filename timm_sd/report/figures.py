@@ -16,10 +16,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from . import paper
-from .errors import UserError
-from .files import write
-from .gate import draw_gates
+from ..errors import UserError
+from ..files import write
+from ..gate import draw_gates
+from ..paper import datasets
 from .record import Record
 
 CONSTANT, STOCHASTIC = "constant depth", "stochastic depth"
@@ -217,7 +217,7 @@ def times(groups: Groups) -> Figure:
     left.set_ylabel("training time per epoch (s)")
     left.margins(y=0.2)
     ratios = {f"these runs,\n{records[0].options.depth} layers": (stochastic / constant, ""), perfect: (share, "")}
-    for who, (slow, fast) in paper.SECONDS.items():
+    for who, (slow, fast) in datasets.SECONDS.items():
         ratios[f"{who},\n110 layers"] = fast / slow, f" ({fast:g} s vs. {slow:g} s)"
     bars = right.barh(list(ratios), [ratio for ratio, _ in ratios.values()], color=(COLORS[STOCHASTIC], *["0.75"] * 3))
     labels = [f"{ratio:.3f}{seconds}" for ratio, seconds in ratios.values()]

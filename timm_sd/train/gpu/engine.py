@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ...gate import gates
+from ...paper.cifar_resnet import CifarResNet
+from ...paper.stochastic_depth import StochasticDepth
 from . import kernels
-from .cifar_resnet import CifarResNet
 from .cuda_graphs import capture, side_stream
-from .gate import gates
-from .stochastic_depth import StochasticDepth
 
 SIZE = 32  # pixels on each side of an image
 IMAGE_CHANNELS = 4  # a power of two: the last one is zero

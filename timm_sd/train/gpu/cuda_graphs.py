@@ -11,8 +11,8 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import Tensor, nn
 
-from .gate import gates, use_gates
-from .stochastic_depth import StochasticDepth
+from ...gate import gates, use_gates
+from ...paper.stochastic_depth import StochasticDepth
 
 WARM_UP_PASSES = 3
 

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.datasets import CIFAR10, CIFAR100, SVHN
 
-from .errors import UserError
-from .paper import PROTOCOLS
+from ..errors import UserError
+from ..paper.datasets import PROTOCOLS
 
 MAX_SHIFT = 4
 SVHN_TRAIN = 73_257  # images of the part "train"; "extra" comes after it

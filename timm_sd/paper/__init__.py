@@ -1,0 +1,1 @@
+"""The method of Huang et al. (2016) and its networks."""

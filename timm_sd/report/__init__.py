@@ -1,0 +1,1 @@
+"""Figures, tables and model cards of finished runs, and publishing them."""

@@ -1,0 +1,1 @@
+"""Training under the authors' protocol: `python -m timm_sd.train`."""

@@ -1,0 +1,1 @@
+"""Training at the speed of an NVIDIA GPU: CUDA graphs, and fused Triton kernels."""
