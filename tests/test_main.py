@@ -17,6 +17,12 @@ from timm_sd.__main__ import main
 from timm_sd.skip import benchmark
 
 
+@pytest.fixture(autouse=True)
+def called_by_name(monkeypatch):
+    """Errors name the program that the user has called."""
+    monkeypatch.setitem(sys.modules, "__main__", sys.modules[main.__module__])
+
+
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """Run a script, given as text, through main() in this process; changes to timm and sys are undone."""

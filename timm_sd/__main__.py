@@ -32,12 +32,9 @@ from .skip.benchmark import benchmark
 from .skip.convert import skip_drop_path
 from .skip.summary import Summary
 
-PROG = "python -m timm_sd"
-
 
 def parse_args() -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.prog = PROG
     parser.add_argument(
         "--skip-drop-path",
         choices=("auto", *MODES),
@@ -65,7 +62,7 @@ def skip_in_every_model(mode: str, same_gates: bool) -> list[tuple[str, Summary]
         if any(parameter.is_meta for parameter in model.parameters()):
             tell(f"{model_name}: not converted, since it is on the meta device")
             return model
-        with one_line_errors(PROG), warnings.catch_warnings(record=True) as warned:
+        with one_line_errors(), warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
             try:
                 skip_drop_path(model, mode)
@@ -126,7 +123,7 @@ def record_in_output_folders(mode: str, same_gates: bool) -> None:
 def tell(text: str) -> None:
     """Print a line to standard error, in the first process only."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"{PROG}: {text}", file=sys.stderr)
+        print(f"python -m timm_sd: {text}", file=sys.stderr)
 
 
 def run(script: str, args: list[str]) -> None:
@@ -139,12 +136,12 @@ def run(script: str, args: list[str]) -> None:
 
 def main() -> None:
     if sys.argv[1:2] == ["--benchmark"]:
-        with one_line_errors(PROG):
+        with one_line_errors():
             for line in benchmark(sys.argv[2:]):
                 say(line)
         return
     args = parse_args()
-    with one_line_errors(PROG):
+    with one_line_errors():
         if not os.path.isfile(args.script):
             raise UserError(f"no such file: {args.script}")
         if args.same_gates and not args.skip_drop_path:

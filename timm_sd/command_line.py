@@ -12,12 +12,21 @@ from typing import NoReturn
 from .errors import UserError, one_line
 
 
+def program() -> str:
+    """What the user has called: a script's name, or `python -m MODULE`."""
+    spec = sys.modules["__main__"].__spec__
+    return f"python -m {spec.name.removesuffix('.__main__')}" if spec else os.path.basename(sys.argv[0])
+
+
 class Parser(argparse.ArgumentParser):
     """Reports a bad flag in one line instead of printing the whole usage."""
 
     def __init__(self, description: str) -> None:
         super().__init__(
-            description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+            prog=program(),
+            description=description,
+            allow_abbrev=False,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
 
     def error(self, message: str) -> NoReturn:
@@ -37,7 +46,7 @@ def path(text: str) -> Path:
 
 
 @contextmanager
-def one_line_errors(prog: str) -> Iterator[None]:
+def one_line_errors() -> Iterator[None]:
     """Exit with status 1 and one line on a UserError (printed once per machine) or Ctrl-C."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -45,9 +54,11 @@ def one_line_errors(prog: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        sys.exit(f"{prog}: {error}" if os.environ.get("RANK") is None or os.environ.get("LOCAL_RANK") == "0" else 1)
+        sys.exit(
+            f"{program()}: {error}" if os.environ.get("RANK") is None or os.environ.get("LOCAL_RANK") == "0" else 1
+        )
     except KeyboardInterrupt:
-        sys.exit(f"{prog}: interrupted")
+        sys.exit(f"{program()}: interrupted")
 
 
 def say(text: object) -> None:

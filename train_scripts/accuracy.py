@@ -5,6 +5,9 @@
 import start  # noqa: F401
 
 # isort: split
+from timm_sd import extras  # noqa: F401
+
+# isort: split
 import argparse
 import json
 import math
@@ -185,7 +188,7 @@ def main() -> None:
     jobs += [(name, arm, seed) for seed in range(SEEDS) for name in NETWORKS for arm in ARMS]
     done = {(run["network"], run["arm"], run["seed"]) for run in read()}
     jobs = [job for job in jobs if job not in done]
-    with one_line_errors("accuracy.py"), get_context("spawn").Pool(machine.cores()) as pool:
+    with one_line_errors(), get_context("spawn").Pool(machine.cores()) as pool:
         data.load("cifar10", args.data_dir)  # before any process complains
         results = pool.imap_unordered(partial(run, data_dir=args.data_dir), jobs)
         for result in tqdm(results, total=len(jobs), unit="run"):

@@ -3,6 +3,9 @@
 import start  # noqa: F401
 
 # isort: split
+from timm_sd import extras  # noqa: F401
+
+# isort: split
 from pathlib import Path
 
 import numpy as np
@@ -113,7 +116,7 @@ def draw(errors: dict[str, dict[str, np.ndarray]]) -> Figure:
 
 def main() -> None:
     Parser(__doc__).parse_args()
-    with one_line_errors("accuracy_page.py"):
+    with one_line_errors():
         runs = {(run["network"], run["arm"], run["seed"]): run for run in read()}
         wanted = [(network, arm, seed) for network in NETWORKS for arm in ARMS for seed in range(SEEDS)]
         wanted += [(network, mode, None) for network in NETWORKS for mode in MODES]

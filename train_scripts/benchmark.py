@@ -7,6 +7,9 @@ since each step has its own gates. Peak memory is measured on the same steps, ru
 import start  # noqa: F401
 
 # isort: split
+from timm_sd import extras  # noqa: F401
+
+# isort: split
 import argparse
 import multiprocessing
 import re
@@ -417,7 +420,7 @@ def measure(args: argparse.Namespace) -> None:
 
 def main() -> None:
     args = parse_args()
-    with one_line_errors("benchmark.py"):
+    with one_line_errors():
         if args.gpu_tables:
             benchmark_gpu_tables.show()
         elif args.gpu or args.gpu_models:

@@ -8,27 +8,12 @@ from pathlib import Path
 from ..errors import UserError
 from ..gate import gates
 from ..paper import datasets
-from ..train.options import BOUND_OPTIONS, DEFAULTS, GROUPS, REGULARIZATION, Options, flag
-from ..train.run_folder import Progress, RunFolder, read_config, summarize
+from ..train.options import BOUND_OPTIONS, GROUPS, REGULARIZATION, Options, flag
+from ..train.run_folder import Progress, RunFolder, read_config, read_options, summarize
 
 # The facts in every environment. All but the first also have "since", the checkpoint that was resumed there.
 MACHINE = ("device", "processor", "processes", "threads")  # what the speed depends on most
 VERSIONS = ("dynamo_backend", "timm_sd", "python", "torch", "torchvision", "timm", "accelerate")
-
-
-def read_options(path: Path) -> Options:
-    """The options of a folder's run, without those that do not affect its weights.
-
-    An option that is newer than the run has its default, which is what the run did.
-
-    Raises UserError if the folder contains no run, or one with other values than this version of the package has.
-    """
-    options = DEFAULTS | read_config(path)["options"]
-    values = {name: options[name] for name in BOUND_OPTIONS}
-    try:
-        return Options(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
-    except UserError as error:
-        raise UserError(f"{path / 'config.json'} is from another version or damaged: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -276,6 +276,21 @@ def read_config(path: Path) -> dict:
         raise UserError(f"{path} has no run: its config.json is missing, damaged or not from a run") from error
 
 
+def read_options(path: Path) -> Options:
+    """The options of a folder's run, without those that do not affect its weights.
+
+    An option that is newer than the run has its default, which is what the run did.
+
+    Raises UserError if the folder contains no run, or one with other values than this version of the package has.
+    """
+    options = DEFAULTS | read_config(path)["options"]
+    values = {name: options[name] for name in BOUND_OPTIONS}
+    try:
+        return Options(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    except UserError as error:
+        raise UserError(f"{path / 'config.json'} is from another version or damaged: {error}") from error
+
+
 def read_summary(path: Path) -> dict:
     """A finished run's summary.json. Raises UserError if it is missing (the run is unfinished) or damaged."""
     try:
