@@ -327,3 +327,25 @@ def test_benchmark_of_a_model_with_batch_normalization(timed):
     assert row.startswith('mode "row" is refused: layer2.0 has a BatchNorm2d')
     assert count.startswith('mode "count" is refused: layer2.0 has a BatchNorm2d')
     assert advice.startswith('use timm_sd.skip_drop_path(model, "batch")')
+
+
+@pytest.mark.parametrize("flags", [(), ("--same-gates",)])
+def test_a_script_that_replaces_batch_normalizations(run, capsys, flags):
+    """As timm's train.py does with --split-bn: the model is converted again, and the summary says what it does then."""
+    text = """
+import timm, torch
+from timm.layers import convert_splitbn_model
+model = convert_splitbn_model(timm.create_model("test_resnet", drop_path_rate=0.9).train(), 2)
+timm_kinds = {type(module).__name__ for module in model.modules()}
+assert "SplitBatchNorm2d" in timm_kinds and "DropPathGate" in timm_kinds
+torch.manual_seed(0)
+for _ in range(8):
+    model(torch.randn(4, 3, 32, 32))
+convert_splitbn_model(torch.nn.Sequential(torch.nn.BatchNorm2d(3)), 2)  # another model
+"""
+    run(text, "--skip-drop-path", "auto", *flags)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if "in full" in line or "computes" in line] == []
+    assert sum("of the samples skipped on average" in line for line in lines) == 2  # once for each conversion
+    (end,) = (line for line in lines if "skipped so far" in line)
+    assert float(re.search(r"skipped so far: ([\d.]+)% of the samples", end)[1]) > 20

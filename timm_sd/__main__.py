@@ -16,7 +16,9 @@ import runpy
 import statistics
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import timm
 import torch
@@ -29,8 +31,10 @@ from .errors import UserError
 from .files import write_json
 from .gate import MODES, draw_gates, gates
 from .skip.benchmark import benchmark
-from .skip.convert import skip_drop_path
+from .skip.convert import restore_drop_path, skip_drop_path
 from .skip.summary import Summary
+
+PROG = "python -m timm_sd"  # also where the script is what runs
 
 
 def parse_args() -> argparse.Namespace:
@@ -52,9 +56,29 @@ def parse_args() -> argparse.Namespace:
 def skip_in_every_model(mode: str, same_gates: bool) -> list[tuple[str, Summary]]:
     """Patch `timm.create_model`, under each of its names, to convert the models it creates with `skip_drop_path`.
 
-    Returns the list to which it adds their names and summaries.
+    So are the functions by which scripts replace batch normalizations afterwards, to convert the models again. Returns
+    the list to which names and summaries of models are added.
     """
-    make, summaries = timm.create_model, []
+    make, summaries, names = timm.create_model, [], WeakKeyDictionary()
+
+    def convert(model: nn.Module) -> None:
+        name = names[model]
+        with one_line_errors(PROG), warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            try:
+                skip_drop_path(model, mode)
+            except ValueError as error:
+                cause, other_mode, _ = str(error).partition(": use mode=")  # which is for Python code
+                way_out = ": use mode auto or batch" if other_mode else ""
+                raise UserError(f"--skip-drop-path {mode}, {name}: {cause}{way_out}") from error
+        for warning in warned:
+            tell(f"{name}: {warning.message}")
+        if own := gates(model):
+            share = statistics.mean(1 - gate.survival for gate in own)
+            modes = " and ".join(sorted({gate.mode for gate in own}))
+            tell(f"{name}: {len(own)} drop paths, mode {modes}, {share:.1%} of the samples skipped on average")
+        if "not_skipped" in vars(model):
+            summaries.append((name, Summary(model)))
 
     @functools.wraps(make)
     def create_model(model_name: str, *args, **kwargs) -> nn.Module:
@@ -62,35 +86,34 @@ def skip_in_every_model(mode: str, same_gates: bool) -> list[tuple[str, Summary]
         if any(parameter.is_meta for parameter in model.parameters()):
             tell(f"{model_name}: not converted, since it is on the meta device")
             return model
-        with one_line_errors(), warnings.catch_warnings(record=True) as warned:
-            warnings.simplefilter("always")
-            try:
-                skip_drop_path(model, mode)
-            except ValueError as error:
-                cause, other_mode, _ = str(error).partition(": use mode=")  # which is for Python code
-                way_out = ": use mode auto or batch" if other_mode else ""
-                raise UserError(f"--skip-drop-path {mode}, {model_name}: {cause}{way_out}") from error
-        for warning in warned:
-            tell(f"{model_name}: {warning.message}")
-        if own := gates(model):
-            share = statistics.mean(1 - gate.survival for gate in own)
-            modes = " and ".join(sorted({gate.mode for gate in own}))
-            tell(f"{model_name}: {len(own)} drop paths, mode {modes}, {share:.1%} of the samples skipped on average")
-            if same_gates:
-                share_gates(model)
-        if "not_skipped" in vars(model):
-            summaries.append((model_name, Summary(model)))
+        names[model] = model_name
+        convert(model)
+        if same_gates and gates(model):
+            share_gates(model)
         return model
+
+    def converted_again(replace: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+        @functools.wraps(replace)
+        def wrapper(model: nn.Module, *args, **kwargs) -> nn.Module:
+            if model not in names:
+                return replace(model, *args, **kwargs)
+            summaries[:] = [(name, summary) for name, summary in summaries if name != names[model]]
+            model = replace(restore_drop_path(model), *args, **kwargs)
+            convert(model)
+            return model
+
+        return wrapper
 
     for module in (timm, timm.models, _factory):  # the last is where pickle looks it up
         module.create_model = create_model
+    for name in ("convert_splitbn_model", "convert_sync_batchnorm"):
+        setattr(timm.layers, name, converted_again(getattr(timm.layers, name)))
     return summaries
 
 
 def share_gates(model: nn.Module) -> None:
     """Draw the gates of each training pass as a function of its number and of a seed that all processes have."""
-    own, passes = gates(model), itertools.count()
-    seed = []
+    seed, passes = [], itertools.count()
 
     def draw(module: nn.Module, args: tuple) -> None:
         if not module.training:
@@ -99,6 +122,7 @@ def share_gates(model: nn.Module) -> None:
             seed.append(int(torch.randint(2**31, ())))
             if torch.distributed.is_initialized():
                 torch.distributed.broadcast_object_list(seed)
+        own = gates(module)
         survival, modes = [gate.survival for gate in own], [gate.mode for gate in own]
         for gate, values in zip(own, draw_gates(survival, seed[0], next(passes), len(args[0]), modes), strict=True):
             gate.provide(values)
@@ -123,7 +147,7 @@ def record_in_output_folders(mode: str, same_gates: bool) -> None:
 def tell(text: str) -> None:
     """Print a line to standard error, in the first process only."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"python -m timm_sd: {text}", file=sys.stderr)
+        print(f"{PROG}: {text}", file=sys.stderr)
 
 
 def run(script: str, args: list[str]) -> None:

@@ -46,17 +46,19 @@ def path(text: str) -> Path:
 
 
 @contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Exit with status 1 and one line on a UserError (printed once per machine) or Ctrl-C."""
+def one_line_errors(prog: str | None = None) -> Iterator[None]:
+    """Exit with status 1 and one line on a UserError (printed once per machine) or Ctrl-C.
+
+    The line begins with `prog`, by default `program()`.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
         yield
     except UserError as error:
-        sys.exit(
-            f"{program()}: {error}" if os.environ.get("RANK") is None or os.environ.get("LOCAL_RANK") == "0" else 1
-        )
+        first = os.environ.get("RANK") is None or os.environ.get("LOCAL_RANK") == "0"
+        sys.exit(f"{prog or program()}: {error}" if first else 1)
     except KeyboardInterrupt:
         sys.exit(f"{program()}: interrupted")
 

@@ -1,5 +1,6 @@
 """How a model calls its blocks, as one training pass on an example shows."""
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Iterator
 from functools import partial
@@ -15,7 +16,8 @@ from .drop_paths import Kind
 from .plan import kind_of_call, samples_of_call
 from .proof import OWN
 
-SAMPLES, FEWEST = 5, 4  # some are dropped, and more than one is kept
+SAMPLES = 5, 8  # the second is for models that split the batch
+FEWEST = 4  # some are dropped, and more than one is kept
 
 
 class BlockCall(NamedTuple):
@@ -97,15 +99,16 @@ def _noise(model: nn.Module) -> Iterator[object]:
     conv = next((m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d))), None)
     if conv is None:
         linear = next((m for m in model.modules() if isinstance(m, nn.Linear)), nn.Linear(1, 1))
-        yield from (torch.randn(SAMPLES, *tokens, linear.in_features).to(weight) for tokens in ((16,), ()))
+        yield from (torch.randn(n, *tokens, linear.in_features).to(weight) for n in SAMPLES for tokens in ((16,), ()))
         return
     config = getattr(model, "config", None)
     sizes = [64, *(getattr(module, "img_size", None) for module in model.modules())]  # small images save time
     sizes += [getattr(each, "image_size", None) for each in (config, getattr(config, "vision_config", None))]
     sizes += [(getattr(model, "pretrained_cfg", None) or {}).get("input_size", (0, 224))[1:], 224]
-    for size in dict.fromkeys(tuple(s) if isinstance(s, (tuple, list)) else (s, s) for s in sizes if s):
+    sizes = dict.fromkeys(tuple(s) if isinstance(s, (tuple, list)) else (s, s) for s in sizes if s)
+    for samples, size in itertools.product(SAMPLES, sizes):
         frames = (16,) if isinstance(conv, nn.Conv3d) else ()
-        images = torch.randn(SAMPLES, conv.in_channels, *frames, *size).to(weight)
+        images = torch.randn(samples, conv.in_channels, *frames, *size).to(weight)
         name = getattr(model, "main_input_name", None)  # transformers
         yield images if name is None else {name: images}
 
