@@ -12,6 +12,7 @@ import pytest
 import timm
 import timm_blocks
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from accelerate import cpu_offload
 from forced import assert_drops_as_plain, assert_same, check, forced, results
@@ -21,7 +22,10 @@ from timm.models.vision_transformer import Block
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.func import functional_call, grad, jvp, vmap
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.checkpoint import checkpoint
 
 from timm_sd import draw_gates, gates, register_drop_path, restore_drop_path, skip_drop_path, use_gates
@@ -776,6 +780,48 @@ def test_batch_norms_that_are_replaced_later():
         assert_drops_as_plain(plain, converted, kept, images().double())
     for (name, found), expected in zip(converted.named_buffers(), plain.buffers(), strict=True):
         torch.testing.assert_close(found, expected, msg=name)
+
+
+def test_tensor_parallel_branches_run_on_one_row_instead_of_none():
+    """DTensor's views fail on no rows (PyTorch 2.14), so a row is computed that does not count."""
+    model = skip_drop_path(small(img_size=32), "batch")  # 5 tokens, on 2 devices
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        block, rows = model.blocks[1], []
+        plan = {"mlp.fc1": ColwiseParallel(), "mlp.fc2": RowwiseParallel()}
+        parallelize_module(block, init_device_mesh("cpu", (2,)), plan)
+        block.mlp.fc1.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+        with use_gates(model, torch.zeros(len(gates(model)), dtype=torch.bool)):
+            model(images()).sum().backward()
+    finally:
+        dist.destroy_process_group()
+    assert rows == [1]
+
+
+@pytest.mark.parametrize(
+    "trace", [torch.fx.symbolic_trace, lambda model: torch.jit.trace(model, images(), check_trace=False)]
+)
+def test_traced_in_training(trace):
+    """A trace has no gates: it computes everything, and drops as DropPath does."""
+    plain = small("test_resnet")
+    traced = trace(skip_drop_path(copy.deepcopy(plain), "batch"))
+    expected = trace(plain)
+    for seed in range(5):
+        outputs = []
+        for model in traced, expected:
+            torch.manual_seed(seed)
+            outputs.append(model(images()))
+        assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("hooked", [lambda block: block, lambda block: block.drop_path])
+def test_a_full_backward_hook_on_a_block_that_is_a_branch_as_a_whole(hooked):
+    plain, x, seen = made(Sizes), tokens(), []
+    model = convert(plain, "row")
+    for each in plain, model:
+        hooked(each).register_full_backward_hook(lambda *_: seen.append(1))
+    check(plain, model, x)
+    assert seen
 
 
 def test_restored_under_the_hooks_of_another_library():

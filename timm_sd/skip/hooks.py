@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map, tree_unflatten
 
 from .branches import flatten
@@ -42,8 +42,8 @@ class Skipping:
     def new_pass(self, args: tuple, kwargs: dict) -> Pass:
         """A pass of the block."""
         gates = self.gates()
-        if not any(gate.can_close() for gate in gates.values()) or _in_vmap():
-            return Pass(Plan((), ()), {}, [])
+        if not any(gate.can_close() for gate in gates.values()) or _is_traced(args, kwargs):
+            return Pass(self.block, Plan((), ()), {}, [])
         kind, values = kind_of_call(args, kwargs)
         plan = self.plans.get(kind)
         if plan is None or not plan.fits(values):
@@ -53,7 +53,7 @@ class Skipping:
             block, names = type(self.block).__name__, ", ".join(replaced)
             warn(f"{block} computes what its drop paths drop, since modules were replaced ({names}): convert again")
             plan = self.in_full
-        return Pass(plan, gates, values)
+        return Pass(self.block, plan, gates, values)
 
     def gates(self) -> dict[tuple[str, int], DropPathGate]:
         """The gate of each call of a drop path that has not been replaced."""
@@ -96,7 +96,7 @@ class Skipping:
                 torch.autograd.Variable._execution_engine.queue_callback(lambda: again.pop(key).check_ended())
             else:
                 current.check_ended()
-            again[key] = current = Pass(plan, self.gates(), None)
+            again[key] = current = Pass(self.block, plan, self.gates(), None)
         return current
 
     @torch.compiler.disable
@@ -218,10 +218,13 @@ NOT_COMPILED = tuple(map(not_compiled, HOOKS))
 begin_not_compiled, end_not_compiled, enter_not_compiled, give_back_not_compiled, leave_not_compiled = NOT_COMPILED
 
 
-def _in_vmap() -> bool:
-    """Whether torch.func.vmap is active, in which the number of rows cannot depend on the sample."""
-    levels = () if torch.compiler.is_compiling() else torch._C._functorch.get_interpreter_stack() or ()
-    return any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels)
+def _is_traced(args: tuple, kwargs: dict) -> bool:
+    """Whether the number of rows cannot depend on the gates: under torch.func.vmap, torch.jit.trace, and in FX."""
+    if torch.compiler.is_compiling():
+        return False
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    mapped = any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels)
+    return mapped or torch.jit.is_tracing() or any(isinstance(x, fx.Proxy) for x in (*args, *kwargs.values()))
 
 
 def install(

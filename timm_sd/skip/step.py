@@ -5,10 +5,11 @@ zeros. Every module is called in every step, with as many rows as there are samp
 """
 
 import warnings
+from itertools import chain
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..rows import is_channels_last, put_rows, take_rows
 from .branches import ancestors, tensors
@@ -51,14 +52,18 @@ class Open(NamedTuple):
 class Pass:
     """One pass of a block: how often its children have been called, and the branches that have begun."""
 
-    def __init__(self, plan: Plan, gates: dict[tuple[str, int], DropPathGate], inputs: list[Tensor] | None) -> None:
+    def __init__(
+        self, block: nn.Module, plan: Plan, gates: dict[tuple[str, int], DropPathGate], inputs: list[Tensor] | None
+    ) -> None:
         """
         Args:
+            block: The block.
             plan: The plan to follow.
             gates: The gate of each call of a drop path that has not been replaced.
             inputs: The tensors that the block is called with, None if only a part of it is computed again.
         """
-        self.branches, self.gates, self.inputs, self.part = plan.branches, gates, inputs or [], inputs is None
+        self.block, self.branches, self.gates = block, plan.branches, gates
+        self.inputs, self.part = inputs or [], inputs is None
         self.calls: dict[str, int] = {}  # PyTorch 2.7 cannot compile a Counter
         self.open: dict[int, Open] = {}
         # Autograd nodes of what was taken and put back
@@ -84,11 +89,21 @@ class Pass:
         if len(rows) == size:
             return Open(None, None, size, scale, False)
         rows = computed = rows.to(x.device, non_blocking=True)
-        if len(rows) == 0 and x.device.type not in self.branches[index].empty_on:
+        if len(rows) == 0 and not self.works_on_no_rows(index, x):
             computed = rows.new_zeros(1)
         elif len(rows) == 1:  # a single row might be broadcast where it does not belong
             computed = torch.cat((rows, (rows + 1) % size))
         return Open(rows, computed, size, scale, is_channels_last(x))
+
+    def works_on_no_rows(self, index: int, x: Tensor) -> bool:
+        """Whether a branch has been tried on no rows with such tensors.
+
+        It has not with parameters that have become DTensors since, whose `view` fails on them (PyTorch 2.14).
+        """
+        branch = self.branches[index]
+        parameters = chain.from_iterable(self.block.get_submodule(name).parameters() for name in branch.children)
+        distributed = not branch.norms and any(hasattr(parameter, "device_mesh") for parameter in parameters)
+        return x.device.type in branch.empty_on and not distributed
 
     def take(self, index: int, call: tuple[str, int], values: list) -> None:
         """Take the rows that are computed of some of the arguments of a call."""
@@ -136,7 +151,7 @@ class Pass:
         if opened.kept is None:
             return output
         if node and self.taken:  # there are no nodes while torch.compile traces
-            added = {parent for parent, _ in node.next_functions} <= {self.taken[0], *self.put}
+            added = {_past_hooks(*edge) for edge in node.next_functions} <= {self.taken[0], *self.put}
             if not added or "Add" not in node.name():
                 raise RuntimeError("a block does more than to add the output of its drop path to its input")
         return self.inputs[0].to(output.dtype).index_copy(0, opened.kept, output[: len(opened.kept)])
@@ -164,6 +179,13 @@ def _nodes(x: Tensor) -> list:
     if torch.compiler.is_compiling():
         return []
     return [x.grad_fn, x._base.grad_fn] if x._is_view() else [x.grad_fn]
+
+
+def _past_hooks(node: object, number: int) -> object:
+    """The node of an output, before those of full backward hooks."""
+    while node is not None and node.name() == "BackwardHookFunctionBackward":
+        node, number = node.next_functions[number]
+    return node
 
 
 @torch.compiler.disable
