@@ -15,7 +15,7 @@ from torchvision.datasets import SVHN
 from torchvision.transforms.functional import to_pil_image
 
 from timm_sd.errors import UserError
-from timm_sd.paper.datasets import PROTOCOLS
+from timm_sd.paper.datasets import DATASETS
 from timm_sd.train import data
 from timm_sd.train.learner import Learner
 from timm_sd.train.learning_rate import learning_rate
@@ -241,7 +241,7 @@ def test_the_authors_split_of_svhn(svhn):
 
 def test_the_papers_protocol_for_svhn(svhn, monkeypatch, tmp_path):
     """No augmentation, 598,388 training images, digits as class names, and learning rate drops at 60% and 70%."""
-    protocol = PROTOCOLS["svhn"]
+    protocol = DATASETS["svhn"]
     assert (protocol.training_images, protocol.held_out, protocol.epochs) == (598_388, 10 * (400 + 200), 50)
     network = timm.create_model("cifar_resnet152_sd.svhn")
     assert network.pretrained_cfg["label_names"] == tuple("0123456789")

@@ -527,8 +527,8 @@ def test_the_published_error_is_that_of_the_network(made_up):
 
 def test_the_number_of_training_images(made_up):
     learning, _ = data.load("synthetic", None)
-    assert made_up("a").protocol.training_images == len(data.split(learning, 0, "synthetic")[0]) == 4500
-    assert made_up("b", dataset="cifar10").protocol.training_images == 45_000
+    assert made_up("a").dataset.training_images == len(data.split(learning, 0, "synthetic")[0]) == 4500
+    assert made_up("b", dataset="cifar10").dataset.training_images == 45_000
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import torch
 from test_resume import end_of
 
 from timm_sd.errors import UserError
-from timm_sd.paper.datasets import PROTOCOLS
+from timm_sd.paper.datasets import DATASETS
 from timm_sd.report.record import Record
 from timm_sd.train import data, launch, run_folder, training
 from timm_sd.train.learner import Learner
@@ -93,7 +93,7 @@ def test_a_fused_run_is_the_same_run_and_resumes_in_either(in_the_interpreter, t
 
 
 def test_a_deeper_fused_run_without_augmentation_or_drops(in_the_interpreter, tmp_path, monkeypatch):
-    monkeypatch.setitem(PROTOCOLS, "synthetic", replace(PROTOCOLS["synthetic"], augmented=False))
+    monkeypatch.setitem(DATASETS, "synthetic", replace(DATASETS["synthetic"], augmented=False))
     options = dict(model="cifar_resnet14", epochs=1, batch_size=20, lr=0.05)
     assert_same_run(*(run(tmp_path / str(fused), fused=fused, **options) for fused in (True, False)))
 

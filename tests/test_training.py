@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from timm_sd import StochasticDepth, gates
 from timm_sd.errors import UserError
-from timm_sd.paper.datasets import PROTOCOLS
+from timm_sd.paper.datasets import DATASETS
 from timm_sd.train import data, learner, training
 from timm_sd.train.evaluation import Evaluation
 from timm_sd.train.learner import Learner
@@ -35,7 +35,7 @@ def test_learning_rate_of_the_authors():
 
 def test_learning_rate_for_svhn():
     """50 epochs, divided by 10 at 60% and 70%."""
-    drops = PROTOCOLS["svhn"].lr_drops
+    drops = DATASETS["svhn"].lr_drops
     rates = [stepwise(epoch, 50, 0.1, drops) for epoch in range(1, 51)]
     assert rates == pytest.approx([0.1] * 29 + [0.01] * 5 + [0.001] * 16)
 

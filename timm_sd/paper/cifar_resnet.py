@@ -25,7 +25,7 @@ from timm.models._features_fx import register_notrace_module
 from torch import Tensor, nn
 
 from ..gate import MODES, check_choice
-from .labels import CIFAR10_LABELS, CIFAR100_LABELS, SVHN_LABELS
+from .datasets import DATASETS, DataSet
 from .pretrained import check_architecture, check_values, names, resolve, source
 from .stochastic_depth import StochasticDepth, survival_probabilities
 
@@ -290,12 +290,12 @@ def _check_head(num_classes: int, global_pool: str) -> None:
     check_choice("global_pool", global_pool, POOLINGS)
 
 
-def _cfg(label_names: Sequence[str], mean: tuple[float, ...], std: tuple[float, ...]) -> dict:
+def _cfg(dataset: DataSet) -> dict:
     return dict(
-        num_classes=len(label_names),
-        label_names=label_names,
-        mean=mean,
-        std=std,
+        num_classes=len(dataset.labels),
+        label_names=dataset.labels,
+        mean=dataset.mean,
+        std=dataset.std,
         input_size=(3, 32, 32),
         pool_size=(8, 8),
         crop_pct=1.0,
@@ -308,12 +308,6 @@ def _cfg(label_names: Sequence[str], mean: tuple[float, ...], std: tuple[float, 
     )
 
 
-# Mean and standard deviation per channel of all the images to learn from: CIFAR's 50,000, SVHN's train and extra.
-DATA_CONFIGURATIONS = {
-    "cifar10": _cfg(CIFAR10_LABELS, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-    "cifar100": _cfg(CIFAR100_LABELS, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-    "svhn": _cfg(SVHN_LABELS, (0.4309, 0.4302, 0.4463), (0.1965, 0.1983, 0.1994)),
-}
 DEPTHS = (20, 32, 44, 56, 110, 152, 1202)
 
 default_cfgs = {}
@@ -361,7 +355,8 @@ def _register(name: str, description: str, **model_args) -> None:
             **{**model_args, **kwargs},
         )
 
-    tags = {tag: cfg | source(tag) for dataset, cfg in DATA_CONFIGURATIONS.items() for tag in names(name, dataset)}
+    published = {key: dataset for key, dataset in DATASETS.items() if dataset.hub}
+    tags = {tag: _cfg(dataset) | source(tag) for key, dataset in published.items() for tag in names(name, key)}
     default_cfgs.update(generate_default_cfgs(tags))
     entrypoint.__name__ = entrypoint.__qualname__ = name
     entrypoint.__doc__ = description

@@ -1,17 +1,27 @@
-"""What the paper and its authors' code say: how they train on each data set, and the results to compare with."""
+"""The data sets: what the networks and the authors' protocol need to know of each, and the published results."""
 
 from dataclasses import dataclass, replace
 
+from .labels import CIFAR10_LABELS, CIFAR100_LABELS, SVHN_LABELS, SYNTHETIC_LABELS
+
 
 @dataclass(frozen=True)
-class Protocol:
-    """How the authors use a data set: `images` to learn from, of which some are `held_out` for validation."""
+class DataSet:
+    """A data set, and how the authors train on it (section 4, and their code).
 
+    There are `images` to learn from, of which some are `held_out` for validation.
+    """
+
+    title: str
+    labels: tuple[str, ...]  # the names of the classes
+    mean: tuple[float, float, float]  # of each channel, over all the images to learn from, in [0, 1]
+    std: tuple[float, float, float]
     images: int
     held_out: int
-    epochs: int
-    lr_drops: tuple[float, float]  # as fractions of the epochs
-    augmented: bool  # whether training images are shifted and flipped
+    hub: str | None = None  # its name on the Hugging Face Hub
+    epochs: int = 500
+    lr_drops: tuple[float, float] = (0.5, 0.75)  # as fractions of the epochs
+    augmented: bool = True  # whether training images are shifted and flipped
 
     @property
     def training_images(self) -> int:
@@ -19,14 +29,39 @@ class Protocol:
         return self.images - self.held_out
 
 
-# Section 4, and the authors' code.
-CIFAR = Protocol(50_000, 5_000, epochs=500, lr_drops=(0.5, 0.75), augmented=True)
-PROTOCOLS = {
-    "cifar10": CIFAR,
-    "cifar100": CIFAR,
-    "svhn": Protocol(604_388, 6_000, epochs=50, lr_drops=(0.6, 0.7), augmented=False),
-    "synthetic": replace(CIFAR, images=5_000, held_out=500),
-}
+CIFAR10 = DataSet(
+    "CIFAR-10",
+    CIFAR10_LABELS,
+    mean=(0.4914, 0.4822, 0.4465),
+    std=(0.2470, 0.2435, 0.2616),
+    images=50_000,
+    held_out=5_000,
+    hub="uoft-cs/cifar10",
+)
+CIFAR100 = replace(
+    CIFAR10,
+    title="CIFAR-100",
+    labels=CIFAR100_LABELS,
+    mean=(0.5071, 0.4865, 0.4409),
+    std=(0.2673, 0.2564, 0.2762),
+    hub="uoft-cs/cifar100",
+)
+SVHN = DataSet(
+    "SVHN",
+    SVHN_LABELS,
+    mean=(0.4309, 0.4302, 0.4463),
+    std=(0.1965, 0.1983, 0.1994),
+    images=604_388,
+    held_out=6_000,
+    hub="ufldl-stanford/svhn",
+    epochs=50,
+    lr_drops=(0.6, 0.7),
+    augmented=False,
+)
+SYNTHETIC = replace(
+    CIFAR10, title="timm-sd's synthetic shapes", labels=SYNTHETIC_LABELS, images=5_000, held_out=500, hub=None
+)
+DATASETS = dict(cifar10=CIFAR10, cifar100=CIFAR100, svhn=SVHN, synthetic=SYNTHETIC)
 
 # Test error in percent, and who reports it: by depth, constant or stochastic (linear decay to p_L = 0.5), and data set.
 HUANG, HE, ZOO = "Huang et al.", "He et al.", "pytorch-cifar-models"

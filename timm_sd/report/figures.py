@@ -57,7 +57,7 @@ def training_seconds(records: Sequence[Record]) -> float:
 
     Only the epochs before a run moved to another machine count.
     """
-    seconds = [r.protocol.training_images / line["images_per_second"] for r in records for line in r.before_move]
+    seconds = [r.dataset.training_images / line["images_per_second"] for r in records for line in r.before_move]
     return float(np.median(seconds))
 
 
@@ -126,7 +126,7 @@ def learning_curves(groups: Groups) -> Figure:
         label = "at the lowest validation error"
         axes.plot(epochs, points, MARKERS[group], color=COLORS[group], markersize=7, zorder=4, label=label)
     _plain_log(losses)
-    drops = first.protocol.lr_drops if first.options.lr_schedule == "steps" else ()
+    drops = first.dataset.lr_drops if first.options.lr_schedule == "steps" else ()
     for index, epoch in enumerate(sorted({math.ceil(drop * epochs_in_all) for drop in drops} - {1})):
         axes.axvline(epoch, color=GRAY, linewidth=1, linestyle=":", label=None if index else "learning rate ÷ 10")
     # In a long run, the first epochs would squash the rest.
@@ -162,7 +162,7 @@ def drawn_gates(record: Record) -> np.ndarray:
     Raises UserError if their number differs from the run's log.
     """
     epochs = record.options.epochs
-    steps = math.ceil(record.protocol.training_images / record.options.batch_size)
+    steps = math.ceil(record.dataset.training_images / record.options.batch_size)
     gates = [draw_gates(record.survival, record.options.seed, step).numpy() for step in range(epochs * steps)]
     gates = np.array(gates).reshape(epochs, steps, -1)
     if not np.allclose(gates.sum(2).mean(1), curves([record], "active_blocks")[0]):
@@ -207,7 +207,7 @@ def times(groups: Groups) -> Figure:
     constant, stochastic = (training_seconds(groups[group]) for group in (CONSTANT, STOCHASTIC))
     records = groups[STOCHASTIC]
     share = curves(records, "active_blocks").mean() / len(records[0].survival)
-    images = records[0].protocol.training_images
+    images = records[0].dataset.training_images
     perfect = "perfect skipping\nof equal blocks"
     figure, (left, right) = _new_figure(2, width=10)
     names = ("constant\ndepth", "stochastic\ndepth", perfect)

@@ -12,13 +12,6 @@ from ..train.options import GROUPS, RUN, Options
 from .record import Record
 
 TEMPLATE = Path(__file__).parent / "model_card.md.jinja"
-DATASET_NAMES = {
-    "cifar10": "CIFAR-10",
-    "cifar100": "CIFAR-100",
-    "svhn": "SVHN",
-    "synthetic": "timm-sd's synthetic shapes",
-}
-HUB_DATASETS = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100", "svhn": "ufldl-stanford/svhn"}
 PRECISIONS = {"no": "float32", "bf16": "bfloat16 (autocast)"}
 
 
@@ -54,7 +47,7 @@ def schedule_in_words(record: Record) -> str:
     lr = record.options.lr
     if record.options.lr_schedule == "one-cycle":
         return f"learning rate rising linearly to {lr:g} in the first fifth of the steps, then falling linearly to 0"
-    first, second = (f"{drop:.0%}" for drop in record.protocol.lr_drops)
+    first, second = (f"{drop:.0%}" for drop in record.dataset.lr_drops)
     return f"learning rate {lr:g}, divided by 10 at {first} of the epochs and again at {second}"
 
 
@@ -67,7 +60,7 @@ def model_card(record: Record, network: CifarResNet, name: str, address: str | N
     options, best = record.options, record.best
     where = record.environments[0]
     on_cpu = where["device"] == "cpu"
-    dataset, hub_dataset = DATASET_NAMES[options.dataset], HUB_DATASETS.get(options.dataset)
+    dataset, hub_dataset = record.dataset.title, record.dataset.hub
     published, source = record.published or (None, None)
     comparison = f"{source}: {published:.2f}%" if published else "no published result"
     result = dict(

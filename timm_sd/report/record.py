@@ -79,9 +79,9 @@ class Record:
         return summarize(self.options, self.history)
 
     @property
-    def protocol(self) -> datasets.Protocol:
-        """How the authors use the data set."""
-        return datasets.PROTOCOLS[self.options.dataset]
+    def dataset(self) -> datasets.DataSet:
+        """The data set, and how the authors use it."""
+        return datasets.DATASETS[self.options.dataset]
 
     @cached_property
     def survival(self) -> list[float]:

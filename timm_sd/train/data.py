@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchvision.datasets import CIFAR10, CIFAR100, SVHN
 
 from ..errors import UserError
-from ..paper.datasets import PROTOCOLS
+from ..paper.datasets import DATASETS
 
 MAX_SHIFT = 4
 SVHN_TRAIN = 73_257  # images of the part "train"; "extra" comes after it
@@ -121,8 +121,8 @@ def split(data: ImageSet, seed: int, dataset: str) -> tuple[ImageSet, ImageSet]:
         parts = zip((order < SVHN_TRAIN, order >= SVHN_TRAIN), SVHN_HELD_OUT, strict=True)
         held_out = torch.cat([order[part & (digits == digit)][:count] for part, count in parts for digit in range(10)])
     else:
-        protocol = PROTOCOLS[dataset]
-        held_out = order[: round(len(data) * protocol.held_out / protocol.images)]
+        known = DATASETS[dataset]
+        held_out = order[: round(len(data) * known.held_out / known.images)]
     return data[order[~torch.isin(order, held_out)]], data[held_out]
 
 

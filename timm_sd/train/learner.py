@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..gate import gates, use_gates
-from ..paper.datasets import PROTOCOLS
+from ..paper.datasets import DATASETS
 from . import data
 from .evaluation import evaluate
 from .gpu.cuda_graphs import graph_blocks
@@ -109,7 +109,7 @@ class Learner:
         With mixup or CutMix, the labels are class probabilities.
         """
         options = self.options
-        augmented = PROTOCOLS[options.dataset].augmented
+        augmented = DATASETS[options.dataset].augmented
         batches = data.training_batches(
             self.training_set, options.batch_size, self.standardize, options.seed, epoch, first_step, augmented
         )

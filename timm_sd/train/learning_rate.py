@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from ..paper.datasets import PROTOCOLS
+from ..paper.datasets import DATASETS
 from .options import Options
 
 ONE_CYCLE_RISE = 0.2  # fraction of all steps
@@ -11,7 +11,7 @@ ONE_CYCLE_RISE = 0.2  # fraction of all steps
 def learning_rate(options: Options, epoch: int, step: int, steps: int) -> float:
     """A run's learning rate at a step of an epoch of so many steps. Both count from 1."""
     if options.lr_schedule == "steps":
-        return stepwise(epoch, options.epochs, options.lr, PROTOCOLS[options.dataset].lr_drops)
+        return stepwise(epoch, options.epochs, options.lr, DATASETS[options.dataset].lr_drops)
     return one_cycle((epoch - 1) * steps + step, options.epochs * steps, options.lr)
 
 

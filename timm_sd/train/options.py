@@ -14,11 +14,9 @@ from torch import nn
 from ..command_line import path
 from ..errors import UserError
 from ..paper.cifar_resnet import is_depth, register_depth
-from ..paper.datasets import PROTOCOLS
-from ..paper.labels import SYNTHETIC_LABELS
+from ..paper.datasets import DATASETS
 from ..paper.stochastic_depth import SCHEDULES, survival_probabilities
 
-DATASETS = tuple(PROTOCOLS)
 LR_SCHEDULES = ("steps", "one-cycle")
 # Groups of options in --help.
 RUN, REGULARIZATION, COMPUTATION, OUTPUT = "training", "regularization", "computation", "output"
@@ -80,7 +78,7 @@ class Options:
         "cifar_resnetN or cifar_resnetN_sd, for any depth N = 6n + 2",
         valid=(is_model, "cifar_resnetN or cifar_resnetN_sd, where N = 6n + 2"),
     )
-    dataset: str = option("cifar10", RUN, "the data set", DATASETS)
+    dataset: str = option("cifar10", RUN, "the data set", tuple(DATASETS))
     data_dir: Path = option(Path("data"), RUN, "folder with torchvision's files", free=True)
     download: bool = option(False, RUN, "download the files to --data-dir", free=True)
     epochs: int | None = option(
@@ -149,7 +147,7 @@ class Options:
                 raise UserError(f"{flag(name)} {value}: it must be {valid[1]}")
         if self.epochs is None:
             short = self.dataset == "synthetic"  # which is for a first try
-            object.__setattr__(self, "epochs", 20 if short else PROTOCOLS[self.dataset].epochs)
+            object.__setattr__(self, "epochs", 20 if short else DATASETS[self.dataset].epochs)
         if isinstance(self.drop_path_schedule, tuple) and self.drop_path is not None:
             raise UserError("--drop-path has no effect on given probabilities: omit it")
         try:
@@ -174,7 +172,7 @@ class Options:
         register_depth(self.depth)
         network = timm.create_model(self.data_tag, device=device, **self.model_args)
         if self.dataset == "synthetic":  # which has the configuration of CIFAR-10, but for the classes
-            network.pretrained_cfg |= dict(tag="synthetic", label_names=SYNTHETIC_LABELS)
+            network.pretrained_cfg |= dict(tag="synthetic", label_names=DATASETS[self.dataset].labels)
         return network
 
     @property
@@ -186,7 +184,7 @@ class Options:
     @property
     def changed(self) -> list[str]:
         """The names of the options that are not the paper's, without model, data set, seed and those that are free."""
-        papers = DEFAULTS | {"epochs": PROTOCOLS[self.dataset].epochs}
+        papers = DEFAULTS | {"epochs": DATASETS[self.dataset].epochs}
         return [
             name
             for name in BOUND_OPTIONS

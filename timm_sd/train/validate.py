@@ -18,10 +18,11 @@ from ..command_line import Parser, one_line_errors, path, say
 from ..errors import UserError
 from ..gate import gates
 from ..paper import pretrained
+from ..paper.datasets import DATASETS
 from ..paper.pretrained import load_weights
 from . import data, machine
 from .evaluation import evaluate
-from .options import DATASETS, Options
+from .options import Options
 from .run_folder import RunFolder, read_options
 
 SPLITS = ("train", "validation", "test")
@@ -34,7 +35,7 @@ def parse_args() -> argparse.Namespace:
     weights.add_argument("--pretrained", action="store_true", help="the weights that come with the package")
     weights.add_argument("--checkpoint", type=path, help="a safetensors file with weights")
     weights.add_argument("--run", type=path, help="a run's folder: its best weights, data set and split")
-    parser.add_argument("--dataset", choices=DATASETS, help="if omitted, the run's or cifar10")
+    parser.add_argument("--dataset", choices=tuple(DATASETS), help="if omitted, the run's or cifar10")
     parser.add_argument("--data-dir", type=path, default=Path("data"), help="folder with torchvision's files")
     parser.add_argument("--split", choices=SPLITS, default="test", help="--seed determines train and validation")
     parser.add_argument("--seed", type=int, help="seed of the split; if omitted, the run's or 0")

@@ -18,7 +18,7 @@ from triton.runtime.errors import OutOfResources
 
 from ...command_line import say
 from ...errors import UserError
-from ...paper.datasets import PROTOCOLS
+from ...paper.datasets import DATASETS
 from .. import data
 from ..evaluation import BATCH_SIZE
 from ..learner import Learner
@@ -69,7 +69,7 @@ class FusedLearner(Learner):
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor, int]]:
         """From a step of an epoch on: images as the engine takes them, labels, and their number."""
         options = self.options
-        augmented = PROTOCOLS[options.dataset].augmented
+        augmented = DATASETS[options.dataset].augmented
         batches = data.training_batches(  # the same images in batches of any size
             self.training_set, AUGMENTED, self.standardize, options.seed, epoch, augmented=augmented
         )
