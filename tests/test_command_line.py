@@ -113,6 +113,24 @@ assert len(timm_sd.gates(timm_sd.skip_drop_path(model))) > 0
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
+@pytest.mark.parametrize(
+    ("module", "not_needed"),
+    [
+        ("timm_sd", ("timm_sd.train", "timm_sd.report", "accelerate", "matplotlib")),
+        (
+            "timm_sd.report.publish",
+            ("timm_sd.train.training", "timm_sd.train.learner", "timm_sd.train.gpu"),
+        ),
+        ("timm_sd.train.training", ("timm_sd.report", "timm_sd.train.gpu.fused")),
+    ],
+)
+def test_imports_go_one_way(module, not_needed):
+    """What a module does without is not imported."""
+    program = f"import sys, {module}; print(*(name for name in {not_needed} if name in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert done.stdout.split() == []
+
+
 def test_ctrl_c(capsys):
     with pytest.raises(SystemExit, match=r": interrupted$"), one_line_errors():
         signal.raise_signal(signal.SIGINT)

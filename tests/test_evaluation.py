@@ -1,7 +1,9 @@
 """Evaluation and `validate.py` against counts by hand."""
 
 import json
+import re
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -10,7 +12,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from timm_sd.paper.labels import SYNTHETIC_LABELS
-from timm_sd.train import data, evaluation, training
+from timm_sd.train import data, evaluation, training, validate
 from timm_sd.train.evaluation import evaluate
 from timm_sd.train.options import Options
 
@@ -87,6 +89,78 @@ def test_dropped_blocks(command, run, network):
                 x = (branch + block.shortcut(x)).relu()
         loss = F.cross_entropy(network.fc(x.mean((2, 3))), test_set.labels)
     assert f"loss {loss:.4f}" in out
+
+
+def test_images_in_the_form_of_cifar_10_1(command, run, tmp_path):
+    """The test images of the run, in an array with the channels last and labels of 32 bits."""
+    _, test_set = data.load("synthetic", None)
+    np.save(tmp_path / "data.npy", test_set.images.permute(0, 2, 3, 1).numpy())
+    np.save(tmp_path / "labels.npy", test_set.labels.numpy().astype(np.int32))
+    _, expected, _ = command("validate", "--run", run)
+    status, out, err = command("validate", "--run", run, "--arrays", tmp_path / "data.npy", tmp_path / "labels.npy")
+    assert (status, err) == (0, "")
+    assert out.splitlines()[:-1] == expected.splitlines()[:-1]
+    speed = r", \d+ images/s\n$"
+    assert re.sub(speed, "", out.splitlines(keepends=True)[-1]) == re.sub(
+        speed, "", expected.splitlines(keepends=True)[-1]
+    ).replace("test images of synthetic", "data.npy")
+
+
+def test_images_in_the_form_of_cifar_10_c(command, run, tmp_path, monkeypatch):
+    """The same images at several severities, one after the other, with labels of 8 bits."""
+    _, test_set = data.load("synthetic", None)
+    images = test_set.images.permute(0, 2, 3, 1).numpy()
+    severities = [images, 255 - images, images // 4]
+    np.save(tmp_path / "fog.npy", np.concatenate(severities))
+    np.save(tmp_path / "labels.npy", np.tile(test_set.labels.numpy().astype(np.uint8), 3))
+    monkeypatch.setattr(validate, "SEVERITY", len(images))
+    _, out, _ = command("validate", "--run", run, "--arrays", tmp_path / "fog.npy", tmp_path / "labels.npy")
+    *table, one, two, three, last = out.splitlines()
+    network = timm.create_model("cifar_resnet20_sd").eval()
+    network.load_state_dict(load_file(run / "model.safetensors"))
+    standardize, errors = data.Standardize.of(network, torch.device("cpu")), []
+    for number, (severity, line) in enumerate(zip(severities, (one, two, three), strict=True), start=1):
+        with torch.inference_mode():
+            likeliest = network(standardize(torch.from_numpy(severity).permute(0, 3, 1, 2))).argmax(1)
+        errors.append(100 * (likeliest != test_set.labels).double().mean().item())
+        assert line.startswith(f"severity {number}: ")
+        assert line.endswith(f"top-1 error {errors[-1]:.2f}%")
+    assert len(set(errors)) > 1
+    assert "fog.npy: loss" in last
+    assert f"top-1 error {sum(errors) / 3:.2f}%" in last
+    assert sum(int(row.split()[1]) for row in table[1:]) == 3 * len(images)
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        (
+            np.zeros((4, 3, 32, 32), np.uint8),
+            np.zeros(4, int),
+            "images.npy has no images: it must be an array of uint8",
+        ),
+        (np.zeros((4, 32, 32, 3)), np.zeros(4, int), "images.npy has no images: it must be an array of uint8"),
+        (
+            np.zeros((4, 32, 32, 3), np.uint8),
+            np.zeros(3, int),
+            "labels.npy does not have one integer for each of the",
+        ),
+        (np.zeros((4, 32, 32, 3), np.uint8), np.zeros(4), "labels.npy does not have one integer for each of the"),
+        (np.zeros((4, 32, 32, 3), np.uint8), np.arange(4) + 7, "labels.npy has labels from 7 to 10 for 10 classes"),
+        (
+            np.zeros((4, 32, 32, 3), np.uint8),
+            np.array([None] * 4),
+            "labels.npy cannot be read as a NumPy array",
+        ),
+    ],
+)
+def test_arrays_that_are_no_images_or_labels(command, tmp_path, images, labels, message):
+    np.save(tmp_path / "images.npy", images)
+    np.save(tmp_path / "labels.npy", labels)
+    arrays = "--arrays", tmp_path / "images.npy", tmp_path / "labels.npy"
+    status, out, err = command("validate", "--model", "cifar_resnet110", "--pretrained", *arrays)
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert message in err
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,30 @@ def load(dataset: str, data_dir: Path, download: bool = False) -> tuple[ImageSet
         raise UserError(f"{dataset} is missing or corrupt in {str(data_dir)!r}: {way_out}") from error
 
 
+def load_arrays(images: Path, labels: Path, num_classes: int) -> ImageSet:
+    """Images and labels in NumPy files, such as those of CIFAR-10.1 (Recht et al.) and CIFAR-10-C (Hendrycks et al.).
+
+    Images are uint8 of shape (N, 32, 32, 3), labels integers of shape (N,), below `num_classes`.
+
+    Raises UserError if the files are missing, or not such arrays. Nothing pickled is loaded.
+    """
+    arrays = []
+    for file in (images, labels):
+        try:
+            arrays.append(np.load(file, allow_pickle=False))
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(f"{file} cannot be read as a NumPy array ({error})") from error
+    of_images, of_labels = arrays
+    if getattr(of_images, "dtype", None) != np.uint8 or of_images.shape[1:] != (32, 32, 3):
+        raise UserError(f"{images} has no images: it must be an array of uint8 of shape (N, 32, 32, 3)")
+    integers = isinstance(of_labels, np.ndarray) and np.issubdtype(of_labels.dtype, np.integer)
+    if not integers or of_labels.shape != of_images.shape[:1] or not len(of_labels):
+        raise UserError(f"{labels} does not have one integer for each of the {len(of_images)} images")
+    if not 0 <= of_labels.min() <= of_labels.max() < num_classes:
+        raise UserError(f"{labels} has labels from {of_labels.min()} to {of_labels.max()} for {num_classes} classes")
+    return ImageSet.of(of_images.transpose(0, 3, 1, 2), of_labels.astype(np.int64))
+
+
 def draw_shapes(num_images: int, seed: int) -> ImageSet:
     """A learnable stand-in for CIFAR-10: 32x32 images of ten shapes, with random position, size, colors and noise.
 

@@ -5,10 +5,12 @@ from .. import extras  # noqa: F401
 # isort: split
 import argparse
 import math
+import statistics
 import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import timm
 import torch
 from torch import nn
@@ -26,6 +28,7 @@ from .options import Options
 from .run_folder import RunFolder, read_options
 
 SPLITS = ("train", "validation", "test")
+SEVERITY = 10_000  # images of each severity in a file of CIFAR-10-C, from the lowest to the highest
 
 
 def parse_args() -> argparse.Namespace:
@@ -37,7 +40,15 @@ def parse_args() -> argparse.Namespace:
     weights.add_argument("--run", type=path, help="a run's folder: its best weights, data set and split")
     parser.add_argument("--dataset", choices=tuple(DATASETS), help="if omitted, the run's or cifar10")
     parser.add_argument("--data-dir", type=path, default=Path("data"), help="folder with torchvision's files")
-    parser.add_argument("--split", choices=SPLITS, default="test", help="--seed determines train and validation")
+    images = parser.add_mutually_exclusive_group()
+    images.add_argument("--split", choices=SPLITS, default="test", help="--seed determines train and validation")
+    images.add_argument(
+        "--arrays",
+        type=path,
+        nargs=2,
+        metavar=("IMAGES", "LABELS"),
+        help="instead, images and labels in .npy files, such as those of CIFAR-10.1 and CIFAR-10-C",
+    )
     parser.add_argument("--seed", type=int, help="seed of the split; if omitted, the run's or 0")
     parser.add_argument(
         "--drop-blocks",
@@ -84,6 +95,16 @@ def drop_blocks(network: nn.Module, dropped: list[int]) -> None:
         network.set_submodule(names[block], block.shortcut)
 
 
+def load_images(options: Options, args: argparse.Namespace, num_classes: int) -> tuple[data.ImageSet, str]:
+    """The images to evaluate on, and what the result is of. Raises UserError if they cannot be had."""
+    if args.arrays:
+        return data.load_arrays(*args.arrays, num_classes), f"{options.model}, {args.arrays[0].name}"
+    learning_set, test_set = data.load(options.dataset, args.data_dir)
+    training_set, validation_set = data.split(learning_set, options.seed, options.dataset)
+    images = dict(zip(SPLITS, (training_set, validation_set, test_set), strict=True))[args.split]
+    return images, f"{options.model}, {args.split} images of {options.dataset}"
+
+
 def main() -> None:
     args = parse_args()
     with one_line_errors():
@@ -97,27 +118,30 @@ def main() -> None:
         network = load_network(options, args)
         drop_blocks(network, args.drop_blocks)
         network = network.to(accelerator.device, memory_format=torch.channels_last)
-        learning_set, test_set = data.load(options.dataset, args.data_dir)
-        training_set, validation_set = data.split(learning_set, options.seed, options.dataset)
-        images = dict(zip(SPLITS, (training_set, validation_set, test_set), strict=True))[args.split]
+        images, title = load_images(options, args, network.num_classes)
+        parts = [images]
+        if args.arrays and len(images) > SEVERITY and len(images) % SEVERITY == 0:
+            parts = [images[start : start + SEVERITY] for start in range(0, len(images), SEVERITY)]
 
         standardize = data.Standardize.of(network, accelerator.device)
-        images = images.to(accelerator.device)
+        parts = [part.to(accelerator.device) for part in parts]
         started = time.perf_counter()
-        result = evaluate(accelerator, network, images, standardize)
+        results = [evaluate(accelerator, network, part, standardize) for part in parts]
         seconds = time.perf_counter() - started
-        if not math.isfinite(result.loss):
-            raise UserError(f"the weights are damaged: the loss is {result.loss}")
+        loss = statistics.mean(result.loss for result in results)  # of parts of the same size
+        if not math.isfinite(loss):
+            raise UserError(f"the weights are damaged: the loss is {loss}")
 
         names = network.pretrained_cfg["label_names"]
+        of_images, of_errors = (np.sum([getattr(r, name) for r in results], axis=0) for name in ("images", "errors"))
         say(f"{'class':>20} {'images':>7} {'errors':>7} {'error':>7}")
-        for name, count, errors in zip(names, result.images, result.errors, strict=True):
+        for name, count, errors in zip(names, of_images, of_errors, strict=True):
             share = f"{100 * errors / count:.2f}%" if count else "-"
             say(f"{name:>20} {count:7} {errors:7} {share:>7}")
-        say(
-            f"{options.model}, {args.split} images of {options.dataset}: loss {result.loss:.4f}, top-1 error"
-            f" {result.error:.2f}%, {len(images) / seconds:.0f} images/s"
-        )
+        for severity, result in enumerate(results, start=1) if len(results) > 1 else ():
+            say(f"severity {severity}: loss {result.loss:.4f}, top-1 error {result.error:.2f}%")
+        error = statistics.mean(result.error for result in results)
+        say(f"{title}: loss {loss:.4f}, top-1 error {error:.2f}%, {len(images) / seconds:.0f} images/s")
         accelerator.end_training()
 
 
