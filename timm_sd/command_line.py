@@ -13,7 +13,7 @@ from .errors import UserError, one_line
 
 
 def program() -> str:
-    """What the user has called: a script's name, or `python -m MODULE`."""
+    """The name of the running program: a script's, or `python -m MODULE`."""
     spec = sys.modules["__main__"].__spec__
     return f"python -m {spec.name.removesuffix('.__main__')}" if spec else os.path.basename(sys.argv[0])
 

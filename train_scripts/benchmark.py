@@ -1,6 +1,6 @@
 """Measure time and memory, as ratios within one run: `python train_scripts/benchmark.py --data-dir data`.
 
-Whatever is compared takes turns, so that other load on the machine affects all of it. Times are means over the steps,
+Variants are interleaved step by step, so that background load affects all of them. Times are means over the steps,
 since each step has its own gates. Peak memory is measured on the same steps, run again in a separate process.
 """
 
@@ -233,8 +233,8 @@ def compare_steps(model: str, batch_size: int, count: int) -> float:
 def compare_data(data_dir: Path, batch_size: int, rounds: int = 5, batches: int = 100) -> float:
     """Print the throughput of our batches and of a DataLoader's; return the seconds per batch of ours."""
     device = Accelerator().device
-    learning_set, _ = data.load("cifar10", data_dir)
-    training_set, _ = data.split(learning_set, 0, "cifar10")
+    trainval_set, _ = data.load("cifar10", data_dir)
+    training_set, _ = data.split(trainval_set, 0, "cifar10")
     training_set = training_set.to(device)
     standardize = data.Standardize.of(timm.create_model("cifar_resnet20.cifar10"), device)
     config = timm.create_model("cifar_resnet20.cifar10").pretrained_cfg

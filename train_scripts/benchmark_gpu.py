@@ -89,7 +89,7 @@ def start() -> bool:
 
 
 def make_parts(sizes: Sizes, data_dir: Path, gpu_models: list[str] | None) -> dict[str, Part]:
-    """What each part calls, with the time at which it has to stop and a dict for what it finds."""
+    """The function of each part, with the time at which it has to stop and a dict for its findings."""
     # Imported here since they import Triton.
     import benchmark_gpu_checks as checks
     import benchmark_gpu_cifar as cifar
@@ -128,7 +128,7 @@ def run_parts(names: list[str], data_dir: Path, gpu_models: list[str] | None, en
         found = {}
         try:
             parts[name](began + limit, found)
-        except Exception as error:  # whatever it is, the other parts must run
+        except Exception as error:  # of any type: the other parts must run
             why = one_line(f"{type(error).__name__}: {error}")
             say(f"{name} failed: {why}")
             results.setdefault("failed", {})[name] = why

@@ -1,4 +1,4 @@
-"""What `benchmark.py --gpu` checks before it measures: the fused kernels and whole steps, against autograd in float64.
+"""The checks of `benchmark.py --gpu`: the fused kernels and whole steps, against autograd in float64.
 
 Errors are relative: the norm of the difference, divided by the norm of what autograd computes. None stands for one that
 is not finite.
@@ -57,7 +57,7 @@ def make_optimizer(network: nn.Module) -> torch.optim.Optimizer:
 def check_kernels(batches: Sequence[int], dtype: torch.dtype, device: torch.device, until: float, found: dict) -> None:
     """Every kernel as the engine launches it, for full batches and for the last one of an epoch.
 
-    Before each launch, whatever it must write is NaN.
+    Before each launch, its outputs are NaN.
     """
     network = make_network(f"cifar_resnet{DEPTH}_sd", device)
     for module in network.modules():

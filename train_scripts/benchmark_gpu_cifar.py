@@ -1,4 +1,4 @@
-"""What `benchmark.py --gpu` measures of the paper's networks: eager, with `--cuda-graphs` and with `--fused`."""
+"""`benchmark.py --gpu` on the paper's networks: eager, with `--cuda-graphs` and with `--fused`."""
 
 import statistics
 import time

@@ -19,7 +19,7 @@ NETWORKS = {"constant": CONSTANT, "stochastic_depth": STOCHASTIC}
 
 
 def read() -> dict | None:
-    """What has been measured; None if nothing has. Raises UserError if the file is damaged."""
+    """The measurements, or None if there are none. Raises UserError if the file is damaged."""
     try:
         return read_json(RESULTS)
     except FileNotFoundError:
@@ -41,7 +41,7 @@ def show() -> None:
 
 
 def tables(results: dict) -> str:
-    """What has been measured, in Markdown."""
+    """The measurements in Markdown."""
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     parts = [f"{results['device']}, {versions}"]
     for name, make in TABLES.items():

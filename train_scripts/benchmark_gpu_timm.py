@@ -1,4 +1,4 @@
-"""What `benchmark.py --gpu` measures of timm models: the steps of `benchmark_timm`, at a batch that fills the GPU.
+"""`benchmark.py --gpu` on timm models: the steps of `benchmark_timm`, at a batch that fills the GPU.
 
 All kinds of a model share its parameters and their optimizer, so the memory of a step is that of its kind alone.
 """

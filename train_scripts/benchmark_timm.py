@@ -1,4 +1,4 @@
-"""What `benchmark.py --parts timm` compares: a timm model's training step with different forms of drop path.
+"""`benchmark.py --parts timm`: a timm model's training step with different forms of drop path.
 
 All kinds of step use the same model with the same probabilities:
 

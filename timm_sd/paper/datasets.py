@@ -9,12 +9,12 @@ from .labels import CIFAR10_LABELS, CIFAR100_LABELS, SVHN_LABELS, SYNTHETIC_LABE
 class DataSet:
     """A data set, and how the authors train on it (section 4, and their code).
 
-    There are `images` to learn from, of which some are `held_out` for validation.
+    Of the trainval `images`, some are `held_out` for validation.
     """
 
     title: str
     labels: tuple[str, ...]  # the names of the classes
-    mean: tuple[float, float, float]  # of each channel, over all the images to learn from, in [0, 1]
+    mean: tuple[float, float, float]  # of each channel, over all trainval images, in [0, 1]
     std: tuple[float, float, float]
     images: int
     held_out: int

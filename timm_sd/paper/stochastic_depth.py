@@ -217,8 +217,8 @@ class StochasticDepth(nn.Module):
 
 
 def _call(branch: nn.Module, x: Tensor) -> Tensor:
-    # What the gate is given: not the branch itself, since torch.compile starts no graph in nn.Sequential's own code,
-    # and not a method, since up to PyTorch 2.9 a function that is passed a bound method is compiled anew each time.
+    # The gate is given this function: not the branch itself, since torch.compile starts no graph in nn.Sequential's own
+    # code, and not a method, since up to PyTorch 2.9 a function that is passed a bound method is compiled anew each time.
     return branch(x)
 
 

@@ -1,4 +1,4 @@
-"""What each mode of `skip_drop_path` does for a timm model on this machine: `python -m timm_sd --benchmark MODEL`."""
+"""Time and memory of a timm model in each mode of `skip_drop_path`: `python -m timm_sd --benchmark MODEL`."""
 
 import argparse
 import statistics

@@ -46,7 +46,7 @@ class Observed(NamedTuple):
 
 
 def children(block: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """What a block's forward method can call: its children, and those in its lists and dicts."""
+    """The modules that a block's forward method can call: its children, and those in its lists and dicts."""
     for name, child in block.named_children():
         if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
             yield from children(child, f"{prefix}{name}.")

@@ -153,7 +153,7 @@ def _plans(
 
 
 def _complaints(model: nn.Module, kinds: dict, modes: dict, left: list[tuple[str, str, str]]) -> list[str]:
-    """What is not skipped, or why nothing is, in a sentence each."""
+    """A sentence for each drop path that is not skipped, or one that says why nothing is."""
     if left:
         reasons = defaultdict(dict)
         for name, why, block in left:

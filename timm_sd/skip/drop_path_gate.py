@@ -7,7 +7,7 @@ from .drop_paths import Kind, drop_probability
 
 
 class Tally:
-    """What a gate has saved so far.
+    """The work that a gate has saved so far.
 
     Of `samples`, `computed` were computed, where the rates ask for `expected`; the branch has a share
     `flops` of the model's.

@@ -1,4 +1,4 @@
-"""What counts as a drop path: a module that drops whole samples at random in training, and does nothing else.
+"""Drop paths: a drop path is a module that drops whole samples at random in training, and does nothing else.
 
 Almost every library has its own copy of timm's `DropPath`. Such a class is found by its name, and accepted only once a
 copy of the module has been seen to behave like a drop path. Classes that cannot be tried are registered.

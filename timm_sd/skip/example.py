@@ -77,7 +77,7 @@ def block_calls(
             with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
                 model(*args, **kwargs)
             break
-        except Exception as error:  # whatever a forward method raises for what it was not made for
+        except Exception as error:  # of any type: a forward method gets what it was not made for
             errors.append(error)
             for found in (calls, left, used):
                 found.clear()
@@ -114,7 +114,7 @@ def _noise(model: nn.Module) -> Iterator[object]:
 
 
 def _settings(block: nn.Module, drop_paths: dict[str, Kind]) -> object:
-    """What two blocks have in common if they compute the same function of their arguments and parameters.
+    """A key that two blocks have in common if they compute the same function of their arguments and parameters.
 
     Objects other than plain values must be the same ones.
     """
@@ -131,7 +131,7 @@ def _settings(block: nn.Module, drop_paths: dict[str, Kind]) -> object:
 
 
 def _identity(value: object) -> object:
-    """What tells a value of an attribute from others: itself if it is plain, else which object it is."""
+    """A key that tells a value of an attribute from others: the value if it is plain, else which object it is."""
     if value is None or type(value) in (bool, int, float, str, torch.Size, torch.dtype, torch.device):
         return value
     if type(value) in (tuple, list):

@@ -28,7 +28,7 @@ class Thread(threading.local):
 
 
 class Skipping:
-    """What a block's hooks follow: its plan for each `kind_of_call`."""
+    """The plans that a block's hooks follow, one for each `kind_of_call`."""
 
     def __init__(self, block: nn.Module, plans: dict[object, Plan]) -> None:
         self.block, self.plans = block, plans

@@ -100,7 +100,7 @@ def _places(network: nn.Module) -> dict[str, Place]:
 
 
 def _constructor(module: nn.Module) -> Callable[[], nn.Module] | None:
-    """What creates a timm or transformers model like this one with a rate of 1."""
+    """A function that creates a timm or transformers model like this one with a rate of 1."""
     own = vars(module)  # getattr would find those of a model within a wrapper
     architecture = (own.get("pretrained_cfg") or {}).get("architecture")
     if architecture and timm.is_model(architecture):

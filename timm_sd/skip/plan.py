@@ -1,4 +1,4 @@
-"""What is known of a block from the example: for each kind of call, which branches its drop paths have."""
+"""The plan of a block, made from an example: for each kind of call, the branches of its drop paths."""
 
 import enum
 from typing import NamedTuple
@@ -12,7 +12,7 @@ BLOCK = "", 0  # the call of the block itself, where its whole forward method is
 
 
 class Branch(NamedTuple):
-    """What is skipped for a call of a drop path.
+    """The branch that is skipped for a call of a drop path.
 
     `end` is that call, and `entries` are those where rows are taken; without any, the drop path drops what has been
     computed. If they are `alone`, each puts its results back at once, so that the code between them sees all samples.
@@ -59,10 +59,10 @@ def make_plan(branches: list[Branch], values: list[Tensor]) -> Plan:
 
 
 def kind_of_call(args: tuple, kwargs: dict) -> tuple[object, list[Tensor]]:
-    """What must be as in the example for a plan to hold, and the tensors of a call.
+    """The kind of a call, which must be as in the example for a plan to hold, and the tensors of the call.
 
-    That is the structure of the arguments, the dimensions of tensors, and other values; numbers are free, except that
-    rows of one frame or window each are not those of several.
+    The kind is the structure of the arguments, the dimensions of tensors, and other values. Numbers are free, except
+    that rows of one frame or window each are not those of several.
     """
     values, structure = flatten(args, kwargs)
     kept = (bool, str, enum.Enum, type(None))

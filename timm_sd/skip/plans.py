@@ -28,7 +28,7 @@ def plan_call(
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-5), (torch.float32, 1e-4)):
         try:
             plan, left = _plan(Example(block, kinds, args, kwargs, dtype, tolerance), whole)
-        except Exception as error:  # whatever a forward method raises
+        except Exception as error:  # of any type, from a forward method
             plan, left = Plan((), ()), {"its drop paths": f"{type(error).__name__}: {error}".splitlines()[0]}
         else:
             if dtype == torch.float64 or not left:
@@ -76,7 +76,7 @@ def _plan(example: Example, whole: bool | None) -> tuple[Plan, dict[str, str]]:
 
 
 def _options(drop: Call, example: Example) -> Iterator[tuple[Branch, str]]:
-    """What a drop path's branch may be, each with the calls that would be left out, the best first."""
+    """The possible branches of a drop path, each with the calls that would be left out, the best first."""
     seen, samples = example.seen, samples_of_call(example.values)
     calls = branch_of(drop, seen)
     argument = {position: 1 for position, x in enumerate(example.values) if x.ndim and len(x) == samples}

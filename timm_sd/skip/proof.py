@@ -1,4 +1,4 @@
-"""What is skipped must be proven first: a block must compute the same as if it computed everything, then dropped it.
+"""The proof that a branch is skipped rightly: the block must compute the same as if nothing was.
 
 Both are run on an example, in training mode, with the same samples dropped. Outputs, gradients, and what the block
 keeps in its arguments, attributes and buffers must agree.
@@ -87,7 +87,7 @@ class Example:
         return copy.deepcopy(self.block, {id(parameter): parameter for parameter in self.block.parameters()})
 
     def compute(self, branches: list[Branch], masks: Masks) -> tuple[list, list]:
-        """What a pass computes if these branches are skipped, and others computed in full, with these gates."""
+        """The results of a pass if these branches are skipped, and others computed in full, with these gates."""
         block, skipped = self.copy(), {branch.end: branch for branch in branches}
         calls = [drop.key for drop in self.seen.drops]
         plan = make_plan([skipped.get(call) or Branch(call, entries={}) for call in calls], self.values)
@@ -97,7 +97,7 @@ class Example:
         return self.run(block)
 
     def run(self, block: nn.Module) -> tuple[list, list]:
-        """What a block computes and keeps, and the gradients of its inputs and parameters."""
+        """The outputs of a block, the values that it keeps, and the gradients of its inputs and parameters."""
         leaves = [*self.block.parameters()]
 
         def leaf(x: object) -> object:
@@ -133,7 +133,7 @@ class Example:
             self.in_full[key] = self.compute([], masks)
         try:
             found = self.compute(branches, masks)
-        except Exception as error:  # whatever a forward method raises when its tensors have other sizes
+        except Exception as error:  # of any type: a forward method's tensors have other sizes
             return f"{type(error).__name__}: {error}".splitlines()[0]
         for what, expected, ours in zip(("outputs", "gradients"), self.in_full[key], found, strict=True):
             # Some gradients, such as that of a bias of keys, are zero but for rounding.

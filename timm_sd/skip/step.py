@@ -1,4 +1,4 @@
-"""What a training step does: the block's own forward method runs, and its children get fewer rows.
+"""A training step: the block's own forward method runs, and its children get fewer rows.
 
 A forward pre-hook takes the kept rows of what enters a branch, and the drop path puts the branch's rows back among
 zeros. Every module is called in every step, with as many rows as there are samples to compute, which may be none.

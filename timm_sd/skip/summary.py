@@ -1,4 +1,4 @@
-"""What skipping a model's drop paths has saved so far."""
+"""A summary of the work that skipping a model's drop paths has saved so far."""
 
 from collections import Counter
 

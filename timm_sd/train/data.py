@@ -47,7 +47,7 @@ class ImageSet:
 
 
 def load(dataset: str, data_dir: Path, download: bool = False) -> tuple[ImageSet, ImageSet]:
-    """The images to learn from and the test images of a data set.
+    """The trainval and test splits of a data set.
 
     They are 50,000 and 10,000 for "cifar10" and "cifar100", 604,388 ("train", then "extra") and 26,032 for "svhn", and
     5,000 and 1,000 for "synthetic". The files in `data_dir` are torchvision's, checked by MD5, and downloaded only with

@@ -1,4 +1,4 @@
-"""What a run asks of Accelerate's launcher."""
+"""Accelerate as a run needs it."""
 
 import importlib.util
 
@@ -13,7 +13,7 @@ from .options import Options
 
 
 def create_accelerator(options: Options) -> Accelerator:
-    """What Accelerate's launcher has set up. Raises UserError if that is not supported."""
+    """The Accelerator that the launcher has set up. Raises UserError if that is not supported."""
     trackers = [str(tracker) for tracker in get_available_trackers()]
     if options.log_with is not None and options.log_with not in trackers:
         installed = ", ".join(trackers) or "none"

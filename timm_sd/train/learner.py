@@ -1,4 +1,4 @@
-"""What a run trains: the data, the network, its optimizer and its moving average, and the training step."""
+"""The learner of a run: the data, the network, its optimizer and moving average, and the training step."""
 
 import copy
 import math
@@ -38,10 +38,10 @@ class Learner:
         Raises UserError if the data is missing or corrupt, or too small for the processes.
         """
         self.accelerator, self.options = accelerator, options
-        learning_set, test_set = on_all_processes(
+        trainval_set, test_set = on_all_processes(
             lambda: data.load(options.dataset, options.data_dir, options.download)
         )
-        parts = (*data.split(learning_set, options.seed, options.dataset), test_set)
+        parts = (*data.split(trainval_set, options.seed, options.dataset), test_set)
         self.training_set, self.validation_set, self.test_set = (part.to(accelerator.device) for part in parts)
         self.steps = math.ceil(len(self.training_set) / options.batch_size)
         last = len(self.training_set) % options.batch_size

@@ -21,7 +21,7 @@ CPU_QUOTAS = (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"])  #
 
 
 def start(**kwargs) -> Accelerator:
-    """What Accelerate's launcher or variables ask for, on all cores. Raises UserError if that is not possible."""
+    """The Accelerator that its launcher or variables ask for, on all cores. Raises UserError if it cannot start."""
     try:
         accelerator = Accelerator(**kwargs)
         use_all_cores()

@@ -177,7 +177,7 @@ class Options:
 
     @property
     def model_args(self) -> dict[str, object]:
-        """What `timm.create_model` needs besides the network's name."""
+        """The arguments of `timm.create_model` besides the network's name."""
         args = dict(drop_path_rate=self.drop_path, drop_path_schedule=self.drop_path_schedule)
         return {name: value for name, value in args.items() if value is not None}
 

@@ -99,8 +99,8 @@ def load_images(options: Options, args: argparse.Namespace, num_classes: int) ->
     """The images to evaluate on, and what the result is of. Raises UserError if they cannot be had."""
     if args.arrays:
         return data.load_arrays(*args.arrays, num_classes), f"{options.model}, {args.arrays[0].name}"
-    learning_set, test_set = data.load(options.dataset, args.data_dir)
-    training_set, validation_set = data.split(learning_set, options.seed, options.dataset)
+    trainval_set, test_set = data.load(options.dataset, args.data_dir)
+    training_set, validation_set = data.split(trainval_set, options.seed, options.dataset)
     images = dict(zip(SPLITS, (training_set, validation_set, test_set), strict=True))[args.split]
     return images, f"{options.model}, {args.split} images of {options.dataset}"
 

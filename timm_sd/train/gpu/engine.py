@@ -236,7 +236,7 @@ class Layer:
 
 
 def _shortcut(shortcut: Tensor | None, out: Tensor) -> dict[str, int]:
-    """What kind of shortcut a kernel adds, and the channels of its input."""
+    """The kind of shortcut that a kernel adds, and the channels of its input."""
     if shortcut is None:
         return dict(SHORTCUT=0, POOLED=0)
     return dict(SHORTCUT=1 if shortcut.shape == out.shape else 2, POOLED=shortcut.shape[-1])
