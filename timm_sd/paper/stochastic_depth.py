@@ -218,7 +218,7 @@ class StochasticDepth(nn.Module):
 
 def _call(branch: nn.Module, x: Tensor) -> Tensor:
     # The gate is given this function: not the branch itself, since torch.compile starts no graph in nn.Sequential's own
-    # code, and not a method, since up to PyTorch 2.9 a function that is passed a bound method is compiled anew each time.
+    # code, and not a method, since up to PyTorch 2.9 a function that gets a bound method is compiled anew each time.
     return branch(x)
 
 
