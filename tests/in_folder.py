@@ -1,4 +1,4 @@
-"""Trying other packages, each in a temporary folder of its own: what `packages.py` and `trainers.py` have in common."""
+"""Other packages, each in a temporary folder of its own: for `packages.py`, `trainers.py` and `works_with_*.py`."""
 
 import argparse
 import os

@@ -1,4 +1,4 @@
-"""Whatever the user types and whatever goes wrong, a script reports it in one line."""
+"""Scripts report any error of the user in one line."""
 
 import os
 import signal
@@ -132,7 +132,7 @@ def test_imports_go_one_way(module, not_needed):
 
 
 def test_ctrl_c(capsys):
-    with pytest.raises(SystemExit, match=r": interrupted$"), one_line_errors():
+    with pytest.raises(SystemExit, match=r"^train\.py: interrupted$"), one_line_errors("train.py"):
         signal.raise_signal(signal.SIGINT)
 
 

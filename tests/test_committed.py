@@ -1,5 +1,6 @@
 """The committed figures, pages, cards and packaged weights come from the committed logs of the runs."""
 
+import ast
 import json
 import re
 import shutil
@@ -96,3 +97,17 @@ def test_cards(folder):
     assert {path.name for path in folder.iterdir()} == {
         "README.md", "config.json", "curve.png", "metrics.jsonl", "summary.json",
     }  # fmt: skip
+
+
+def test_every_tool_that_is_tried_has_its_row():
+    """By the names in docs/works-with.md and those of the functions of the scripts, in their order."""
+    page = (ROOT / "docs" / "works-with.md").read_text()
+    _, *parts = re.split(r"^`python tests/(works_with_\w+)\.py`", page, flags=re.MULTILINE)
+    tables = zip(parts[::2], parts[1::2], strict=True)
+    found = {script: re.findall(r"`(\w+)` \|$", table, re.MULTILINE) for script, table in tables}
+    declared = {}
+    for script in sorted((ROOT / "tests").glob("works_with_*.py")):
+        functions = [node for node in ast.parse(script.read_text()).body if isinstance(node, ast.FunctionDef)]
+        calls = {function.name: [getattr(d, "func", None) for d in function.decorator_list] for function in functions}
+        declared[script.stem] = [name for name, of in calls.items() if any(getattr(f, "id", "") == "row" for f in of)]
+    assert found == declared

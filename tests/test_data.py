@@ -270,5 +270,5 @@ def test_validation_images_of_svhn(svhn, command, tmp_path):
 
 def test_svhn_without_scipy(monkeypatch, tmp_path):
     monkeypatch.setattr(data.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"svhn is read by SciPy, which is not installed: pip install -e '.\[svhn\]'"):
+    with pytest.raises(UserError, match=r"svhn is read by SciPy, which is not installed: pip install .timm-sd\[svhn\]"):
         data.load("svhn", tmp_path)

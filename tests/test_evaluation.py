@@ -110,25 +110,25 @@ def test_images_in_the_form_of_cifar_10_c(command, run, tmp_path, monkeypatch):
     """The same images at several severities, one after the other, with labels of 8 bits."""
     _, test_set = data.load("synthetic", None)
     images = test_set.images.permute(0, 2, 3, 1).numpy()
-    severities = [images, 255 - images, images // 4]
+    severities = [images, 255 - images, images // 4, images // 2, images[::-1]]
     np.save(tmp_path / "fog.npy", np.concatenate(severities))
-    np.save(tmp_path / "labels.npy", np.tile(test_set.labels.numpy().astype(np.uint8), 3))
-    monkeypatch.setattr(validate, "SEVERITY", len(images))
+    np.save(tmp_path / "labels.npy", np.tile(test_set.labels.numpy().astype(np.uint8), 5))
+    monkeypatch.setattr(validate, "CIFAR_10_C", 5 * len(images))
     _, out, _ = command("validate", "--run", run, "--arrays", tmp_path / "fog.npy", tmp_path / "labels.npy")
-    *table, one, two, three, last = out.splitlines()
+    table, of_severities, last = out.splitlines()[:11], out.splitlines()[11:-1], out.splitlines()[-1]
     network = timm.create_model("cifar_resnet20_sd").eval()
     network.load_state_dict(load_file(run / "model.safetensors"))
     standardize, errors = data.Standardize.of(network, torch.device("cpu")), []
-    for number, (severity, line) in enumerate(zip(severities, (one, two, three), strict=True), start=1):
+    for number, (severity, line) in enumerate(zip(severities, of_severities, strict=True), start=1):
         with torch.inference_mode():
-            likeliest = network(standardize(torch.from_numpy(severity).permute(0, 3, 1, 2))).argmax(1)
+            likeliest = network(standardize(torch.from_numpy(severity.copy()).permute(0, 3, 1, 2))).argmax(1)
         errors.append(100 * (likeliest != test_set.labels).double().mean().item())
         assert line.startswith(f"severity {number}: ")
         assert line.endswith(f"top-1 error {errors[-1]:.2f}%")
     assert len(set(errors)) > 1
     assert "fog.npy: loss" in last
-    assert f"top-1 error {sum(errors) / 3:.2f}%" in last
-    assert sum(int(row.split()[1]) for row in table[1:]) == 3 * len(images)
+    assert f"top-1 error {sum(errors) / 5:.2f}%" in last
+    assert sum(int(row.split()[1]) for row in table[1:]) == 5 * len(images)
 
 
 @pytest.mark.parametrize(
@@ -212,3 +212,14 @@ def test_a_truncated_file_is_refused(command, run):
     status, _, err = command("validate", "--run", run)
     assert status == 1
     assert f"validate.py: {file} is not a valid safetensors file" in err
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"PK\x03\x04 no archive", b"\x93NUMPY\x01\x00\x10\x00{'descr': '(unclosed", b"no array at all"]
+)
+def test_files_that_are_no_arrays(command, tmp_path, content):
+    (tmp_path / "images.npy").write_bytes(content)
+    arrays = "--arrays", tmp_path / "images.npy", tmp_path / "images.npy"
+    status, out, err = command("validate", "--model", "cifar_resnet110", "--pretrained", *arrays)
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert "images.npy cannot be read as a NumPy array" in err

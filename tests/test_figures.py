@@ -346,7 +346,7 @@ def test_times_of_a_run_that_moved_in_its_first_epoch_are_not_compared(command, 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(epochs=EPOCHS + 1), r"b is unfinished \(8 of 9 epochs\): train.py --resume finishes it"),
+        (dict(epochs=EPOCHS + 1), r"b is unfinished \(8 of 9 epochs\): training with --resume finishes it"),
         (dict(batch_size=250), r"a and b cannot be compared, they differ in batch_size \(500, 250\): plot .*"),
         (dict(drop_path=0.2, seed=1), r"a and b cannot be compared, they differ in p_L \(0.5, 0.8\): .*"),
         (dict(model="cifar_resnet32_sd", seed=1), r"a and b cannot be compared, they differ in depth \(20, 32\): .*"),
@@ -449,11 +449,11 @@ def change(file, key, value=None):
         (lambda: change("config.json", "mixed_precision", "fp8"), "a/config.json is from .*: no valid mixed_precision"),
         (
             lambda: change("metrics.jsonl", "test_error"),
-            r"a/metrics.jsonl is damaged \(.*\): train.py --resume rewrites it",
+            r"a/metrics.jsonl is damaged \(.*\): training with --resume rewrites it",
         ),
         (
             lambda: change("metrics.jsonl", "lr", "high"),
-            r"a/metrics.jsonl is damaged \(.*\): train.py --resume rewrites it",
+            r"a/metrics.jsonl is damaged \(.*\): training with --resume rewrites it",
         ),
         (
             lambda: change("config.json", "lr", float("nan")),

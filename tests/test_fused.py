@@ -131,6 +131,21 @@ def test_a_slow_checkpoint_is_that_of_its_moment(in_the_interpreter, tmp_path, m
         assert rate("fused", name) == rate("eager", name)
 
 
+def test_ctrl_c_while_the_last_checkpoint_is_written(in_the_interpreter, tmp_path, monkeypatch):
+    """The folder stays locked until it is written."""
+    save = run_folder.RunFolder.save
+
+    def interrupted(folder, accelerator, progress, *args):
+        if progress.epoch == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        save(folder, accelerator, progress, *args)
+
+    monkeypatch.setattr(run_folder.RunFolder, "save", interrupted)
+    monkeypatch.setattr(inference.Inference, "error", lambda *_: 50.0)
+    run(tmp_path, model="cifar_resnet8_sd", fused=True)
+    assert (tmp_path / "summary.json").exists()
+
+
 @pytest.mark.parametrize("stopped", [False, True])
 def test_a_checkpoint_that_cannot_be_written_ends_the_run(in_the_interpreter, tmp_path, monkeypatch, stopped):
     """The next epoch's end says so, or the signal that stops the run."""

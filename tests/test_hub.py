@@ -451,7 +451,7 @@ def cut_metrics(run):
     (run / "metrics.jsonl").write_text(lines[0] + "\n")
 
 
-CHANGED = r"run has changed since the run finished \(metrics, weights or summary\): train.py --resume restores it"
+CHANGED = r"run has changed since it finished \(metrics, weights or summary\): training with --resume restores it"
 
 
 @pytest.mark.parametrize(
@@ -466,7 +466,7 @@ CHANGED = r"run has changed since the run finished \(metrics, weights or summary
             put_other_weights,
             r"run/model.safetensors cannot be loaded as .*: the weights are those of a cifar_resnet32, .*",
         ),
-        (cut_metrics, r"run is unfinished \(1 of 2 epochs\): train.py --resume finishes it"),
+        (cut_metrics, r"run is unfinished \(1 of 2 epochs\): training with --resume finishes it"),
         (
             improve_metrics,
             CHANGED,

@@ -17,6 +17,7 @@ import statistics
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
@@ -37,6 +38,14 @@ from .skip.summary import Summary
 PROG = "python -m timm_sd"  # also where the script is what runs
 
 
+@dataclass
+class Converted:
+    """A model that the script has created: timm's name for it, and its summary, None if it is not converted."""
+
+    name: str
+    summary: Summary | None = None
+
+
 def parse_args() -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument(
@@ -53,16 +62,16 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def skip_in_every_model(mode: str, same_gates: bool) -> list[tuple[str, Summary]]:
+def skip_in_every_model(mode: str, same_gates: bool) -> list[Converted]:
     """Patch `timm.create_model`, under each of its names, to convert the models it creates with `skip_drop_path`.
 
     So are the functions by which scripts replace batch normalizations afterwards, to convert the models again. Returns
-    the list to which names and summaries of models are added.
+    the list to which models are added.
     """
-    make, summaries, names = timm.create_model, [], WeakKeyDictionary()
+    make, converted, entries = timm.create_model, [], WeakKeyDictionary()
 
     def convert(model: nn.Module) -> None:
-        name = names[model]
+        name = entries[model].name
         with one_line_errors(PROG), warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
             try:
@@ -77,8 +86,7 @@ def skip_in_every_model(mode: str, same_gates: bool) -> list[tuple[str, Summary]
             share = statistics.mean(1 - gate.survival for gate in own)
             modes = " and ".join(sorted({gate.mode for gate in own}))
             tell(f"{name}: {len(own)} drop paths, mode {modes}, {share:.1%} of the samples skipped on average")
-        if "not_skipped" in vars(model):
-            summaries.append((name, Summary(model)))
+        entries[model].summary = Summary(model) if "not_skipped" in vars(model) else None
 
     @functools.wraps(make)
     def create_model(model_name: str, *args, **kwargs) -> nn.Module:
@@ -86,7 +94,8 @@ def skip_in_every_model(mode: str, same_gates: bool) -> list[tuple[str, Summary]
         if any(parameter.is_meta for parameter in model.parameters()):
             tell(f"{model_name}: not converted, since it is on the meta device")
             return model
-        names[model] = model_name
+        converted.append(Converted(model_name))
+        entries[model] = converted[-1]
         convert(model)
         if same_gates and gates(model):
             share_gates(model)
@@ -94,13 +103,12 @@ def skip_in_every_model(mode: str, same_gates: bool) -> list[tuple[str, Summary]
 
     def converted_again(replace: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
         @functools.wraps(replace)
-        def wrapper(model: nn.Module, *args, **kwargs) -> nn.Module:
-            if model not in names:
-                return replace(model, *args, **kwargs)
-            summaries[:] = [(name, summary) for name, summary in summaries if name != names[model]]
-            model = replace(restore_drop_path(model), *args, **kwargs)
-            convert(model)
-            return model
+        def wrapper(module: nn.Module, *args, **kwargs) -> nn.Module:
+            if module not in entries:
+                return replace(module, *args, **kwargs)
+            module = replace(restore_drop_path(module), *args, **kwargs)
+            convert(module)
+            return module
 
         return wrapper
 
@@ -108,7 +116,7 @@ def skip_in_every_model(mode: str, same_gates: bool) -> list[tuple[str, Summary]
         module.create_model = create_model
     for name in ("convert_splitbn_model", "convert_sync_batchnorm"):
         setattr(timm.layers, name, converted_again(getattr(timm.layers, name)))
-    return summaries
+    return converted
 
 
 def share_gates(model: nn.Module) -> None:
@@ -170,17 +178,18 @@ def main() -> None:
             raise UserError(f"no such file: {args.script}")
         if args.same_gates and not args.skip_drop_path:
             raise UserError("--same-gates: it needs --skip-drop-path")
-    summaries = []
+    converted = []
     if not args.skip_drop_path and "--skip-drop-path" in args.args:
         tell("--skip-drop-path is passed to the script, since it comes after it; before it, it converts the models")
     if args.skip_drop_path:
-        summaries = skip_in_every_model(args.skip_drop_path, args.same_gates)
+        converted = skip_in_every_model(args.skip_drop_path, args.same_gates)
         record_in_output_folders(args.skip_drop_path, args.same_gates)
     try:
         run(args.script, args.args)
     finally:
-        for name, summary in summaries:
-            tell("; ".join([name, *str(summary).splitlines()]))
+        for model in converted:
+            if model.summary is not None:
+                tell("; ".join([model.name, *str(model.summary).splitlines()]))
 
 
 if __name__ == "__main__":

@@ -51,6 +51,7 @@ def one_line_errors(prog: str | None = None) -> Iterator[None]:
 
     The line begins with `prog`, by default `program()`.
     """
+    prog = prog or program()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -58,9 +59,9 @@ def one_line_errors(prog: str | None = None) -> Iterator[None]:
         yield
     except UserError as error:
         first = os.environ.get("RANK") is None or os.environ.get("LOCAL_RANK") == "0"
-        sys.exit(f"{prog or program()}: {error}" if first else 1)
+        sys.exit(f"{prog}: {error}" if first else 1)
     except KeyboardInterrupt:
-        sys.exit(f"{program()}: interrupted")
+        sys.exit(f"{prog}: interrupted")
 
 
 def say(text: object) -> None:

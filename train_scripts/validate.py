@@ -1,4 +1,4 @@
-"""The same as `python -m timm_sd.train.validate`."""
+"""`python -m timm_sd.train.validate`, with threads that do not spin for long at barriers."""
 
 import start  # noqa: F401
 

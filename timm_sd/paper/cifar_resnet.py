@@ -355,8 +355,8 @@ def _register(name: str, description: str, **model_args) -> None:
             **{**model_args, **kwargs},
         )
 
-    published = {key: dataset for key, dataset in DATASETS.items() if dataset.hub}
-    tags = {tag: _cfg(dataset) | source(tag) for key, dataset in published.items() for tag in names(name, key)}
+    real = {key: dataset for key, dataset in DATASETS.items() if key != "synthetic"}
+    tags = {tag: _cfg(dataset) | source(tag) for key, dataset in real.items() for tag in names(name, key)}
     default_cfgs.update(generate_default_cfgs(tags))
     entrypoint.__name__ = entrypoint.__qualname__ = name
     entrypoint.__doc__ = description

@@ -1,4 +1,4 @@
-"""The data sets: what the networks and the authors' protocol need to know of each, and the published results."""
+"""The data sets, the authors' protocol on each, and the published results."""
 
 from dataclasses import dataclass, replace
 

@@ -9,7 +9,7 @@ import argparse
 import shlex
 import sys
 
-from ..command_line import Parser, one_line_errors, path, say
+from ..command_line import Parser, one_line_errors, path, program, say
 from ..files import write, writing
 from . import figures, results
 from .figures import CONSTANT, STOCHASTIC
@@ -39,7 +39,8 @@ def main() -> None:
         if sweep:
             results.check_alike(sweep, but=("depth", "seed", "p_L", "drop_path_schedule"))
             drawn["figure8"] = figures.sweep(sweep)
-        command = shlex.join(["python", "train_scripts/figures.py", *sys.argv[1:]])
+        called = program() if " " in program() else f"python train_scripts/{program()}"
+        command = f"{called} {shlex.join(sys.argv[1:])}"
         page = results.page(groups, sweep, list(drawn), command)
         with writing(args.out, "choose another --out"):
             args.out.mkdir(parents=True, exist_ok=True)

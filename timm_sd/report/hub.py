@@ -35,7 +35,7 @@ def make_folder(run: Path, name: str, address: str | None = None) -> Path:
     load_weights(network, files.weights, options.data_tag)
     if summary != record.summary | {"sha256": sha256(files.weights)}:
         raise UserError(
-            f"{run} has changed since the run finished (metrics, weights or summary): train.py --resume restores it"
+            f"{run} has changed since it finished (metrics, weights or summary): training with --resume restores it"
         )
     # Options that do not affect the weights, such as local paths, are not published.
     asked = {name: getattr(options, name) for name in BOUND_OPTIONS} | {"mixed_precision": record.mixed_precision}

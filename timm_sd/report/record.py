@@ -42,10 +42,10 @@ class Record:
         except FileNotFoundError:
             history = []
         except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"{folder.metrics} is damaged ({error}): train.py --resume rewrites it") from error
+            raise UserError(f"{folder.metrics} is damaged ({error}): training with --resume rewrites it") from error
         if len(history) != options.epochs:
             raise UserError(
-                f"{path} is unfinished ({len(history)} of {options.epochs} epochs): train.py --resume finishes it"
+                f"{path} is unfinished ({len(history)} of {options.epochs} epochs): training with --resume finishes it"
             )
         return cls(path, options, precision, config["environments"], history)
 

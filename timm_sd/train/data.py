@@ -58,7 +58,7 @@ def load(dataset: str, data_dir: Path, download: bool = False) -> tuple[ImageSet
     if dataset == "synthetic":
         return draw_shapes(5000, seed=0), draw_shapes(1000, seed=1)
     if dataset == "svhn" and not importlib.util.find_spec("scipy"):
-        raise UserError("svhn is read by SciPy, which is not installed: pip install -e '.[svhn]'")
+        raise UserError("svhn is read by SciPy, which is not installed: pip install 'timm-sd[svhn]'")
     try:
         if dataset == "svhn":
             parts = [SVHN(data_dir, part, download=download) for part in ("train", "extra", "test")]
@@ -72,7 +72,7 @@ def load(dataset: str, data_dir: Path, download: bool = False) -> tuple[ImageSet
         way_out = (
             f"the download failed ({error}): try again, or pass the folder of a copy as --data-dir"
             if download
-            else "pass its folder as --data-dir, download it with train.py --download, or try --dataset synthetic"
+            else "pass its folder as --data-dir, download it by training with --download, or try --dataset synthetic"
         )
         raise UserError(f"{dataset} is missing or corrupt in {str(data_dir)!r}: {way_out}") from error
 
@@ -87,8 +87,8 @@ def load_arrays(images: Path, labels: Path, num_classes: int) -> ImageSet:
     arrays = []
     for file in (images, labels):
         try:
-            arrays.append(np.load(file, allow_pickle=False))
-        except (OSError, ValueError, EOFError) as error:
+            arrays.append(np.lib.format.open_memmap(file, mode="r"))
+        except Exception as error:  # of any type: NumPy trusts headers
             raise UserError(f"{file} cannot be read as a NumPy array ({error})") from error
     of_images, of_labels = arrays
     if getattr(of_images, "dtype", None) != np.uint8 or of_images.shape[1:] != (32, 32, 3):

@@ -167,5 +167,8 @@ class Learner:
         """Let the main process write a checkpoint. A UserError is raised in all."""
         on_main_process(write)
 
-    def end(self) -> None:
-        """Wait until all checkpoints are written."""
+    def wait(self) -> None:
+        """Wait until the last checkpoint is written."""
+
+    def close(self) -> None:
+        """End what the learner has started."""

@@ -296,9 +296,9 @@ def read_summary(path: Path) -> dict:
     try:
         return read_json(path / "summary.json")
     except FileNotFoundError as error:
-        raise UserError(f"{path} is unfinished (no summary.json): train.py --resume finishes it") from error
+        raise UserError(f"{path} is unfinished (no summary.json): training with --resume finishes it") from error
     except (OSError, ValueError) as error:
-        raise UserError(f"{path / 'summary.json'} is damaged: train.py --resume rewrites it") from error
+        raise UserError(f"{path / 'summary.json'} is damaged: training with --resume rewrites it") from error
 
 
 def _differences(before: dict, now: dict) -> str:

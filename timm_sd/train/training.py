@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from contextlib import closing
 from dataclasses import asdict, replace
 
 import torch
@@ -36,15 +37,15 @@ def train(options: Options) -> None:
     if options.fused:
         from .gpu.fused import FusedLearner  # imports Triton, which not every machine has
     try:
-        learner = (FusedLearner if options.fused else Learner)(accelerator, options)
-        Run(accelerator, options, folder, learner).train()
+        with closing((FusedLearner if options.fused else Learner)(accelerator, options)) as learner:
+            Run(accelerator, options, folder, learner).train()
     finally:
         accelerator.end_training()
         folder.close()
 
 
 class Run:
-    """A training run: what learns, how far it has come, and where that is written."""
+    """A training run: its learner, its progress and its folder."""
 
     def __init__(self, accelerator: Accelerator, options: Options, folder: RunFolder, learner: Learner) -> None:
         self.accelerator, self.options, self.folder, self.learner = accelerator, options, folder, learner
@@ -53,9 +54,9 @@ class Run:
     def train(self) -> None:
         """Begin or resume the run, and train to its end."""
         self.begin()
-        try:
-            # torch.compile makes ten graphs: for five kinds of branch, with full batches and with the last one.
-            with Interruption(self.accelerator) as interruption, torch._dynamo.config.patch(recompile_limit=16):
+        # torch.compile makes ten graphs: for five kinds of branch, with full batches and with the last one.
+        with Interruption(self.accelerator) as interruption, torch._dynamo.config.patch(recompile_limit=16):
+            try:
                 while self.progress.epoch <= self.options.epochs:
                     if signal := interruption.noted():
                         raise self.stopped(signal)
@@ -64,8 +65,8 @@ class Run:
                     metrics |= self.learner.evaluate()
                     metrics["seconds"] = self.progress.seconds + time.perf_counter() - started
                     self.end_epoch(metrics)
-        finally:
-            self.learner.end()
+            finally:
+                self.learner.wait()
         self.end()
 
     def begin(self) -> None:

@@ -28,7 +28,8 @@ from .options import Options
 from .run_folder import RunFolder, read_options
 
 SPLITS = ("train", "validation", "test")
-SEVERITY = 10_000  # images of each severity in a file of CIFAR-10-C, from the lowest to the highest
+CIFAR_10_C = 50_000  # images in a file: five severities, one after the other
+SEVERITIES = 5
 
 
 def parse_args() -> argparse.Namespace:
@@ -47,7 +48,7 @@ def parse_args() -> argparse.Namespace:
         type=path,
         nargs=2,
         metavar=("IMAGES", "LABELS"),
-        help="instead, images and labels in .npy files, such as those of CIFAR-10.1 and CIFAR-10-C",
+        help="instead, .npy files, such as those of CIFAR-10.1, or of CIFAR-10-C (50,000 images of five severities)",
     )
     parser.add_argument("--seed", type=int, help="seed of the split; if omitted, the run's or 0")
     parser.add_argument(
@@ -119,9 +120,9 @@ def main() -> None:
         drop_blocks(network, args.drop_blocks)
         network = network.to(accelerator.device, memory_format=torch.channels_last)
         images, title = load_images(options, args, network.num_classes)
-        parts = [images]
-        if args.arrays and len(images) > SEVERITY and len(images) % SEVERITY == 0:
-            parts = [images[start : start + SEVERITY] for start in range(0, len(images), SEVERITY)]
+        count = SEVERITIES if args.arrays and len(images) == CIFAR_10_C else 1
+        size = len(images) // count
+        parts = [images[start : start + size] for start in range(0, len(images), size)]
 
         standardize = data.Standardize.of(network, accelerator.device)
         parts = [part.to(accelerator.device) for part in parts]

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
@@ -22,6 +23,7 @@ from ...paper.datasets import DATASETS
 from .. import data
 from ..evaluation import BATCH_SIZE
 from ..learner import Learner
+from ..options import Options
 from .engine import IMAGE_CHANNELS, SIZE, Engine, bordered, inside
 from .inference import Inference
 
@@ -34,6 +36,10 @@ class FusedLearner(Learner):
 
     saving: Future | None = None
     copies: torch.cuda.Stream | None = None
+
+    def __init__(self, accelerator: Accelerator, options: Options) -> None:
+        super().__init__(accelerator, options)
+        self.writer = ThreadPoolExecutor(1)
 
     def begin(self) -> None:
         """Give the weights to the engine, and the images a place on the GPU."""
@@ -64,7 +70,6 @@ class FusedLearner(Learner):
             self.evaluated[name] = images, part.labels
         if device.type == "cuda":
             self.copies = torch.cuda.Stream()
-        self.writer = ThreadPoolExecutor(1)
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor, int]]:
         """From a step of an epoch on: images as the engine takes them, labels, and their number."""
@@ -89,7 +94,7 @@ class FusedLearner(Learner):
 
     def read_sums(self) -> list[list[float]]:
         """The sums, after copying the current state to the network and the optimizer once they are saved."""
-        self.end()
+        self.wait()
         self.engine.export(self.optimizer)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
@@ -106,11 +111,15 @@ class FusedLearner(Learner):
 
         self.saving = self.writer.submit(write_aside)
 
-    def end(self) -> None:
+    def wait(self) -> None:
         """Wait until the last checkpoint is written. Raises what that raised."""
         if self.saving is not None:
             saving, self.saving = self.saving, None
             saving.result()
+
+    def close(self) -> None:
+        """Wait for the thread that writes."""
+        self.writer.shutdown()
 
 
 def fill(images: Tensor, batches: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
