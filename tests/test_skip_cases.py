@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from accelerate import cpu_offload
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from forced import assert_drops_as_plain, assert_same, check, forced, results
 from timm.layers import DropPath, convert_splitbn_model, freeze_batch_norm_2d, set_reentrant_ckpt
 from timm.models.swin_transformer import window_partition, window_reverse
@@ -768,6 +769,99 @@ def test_a_module_where_a_branch_begins_that_is_wrapped_later(batch_size):
         UserWarning, match=r"ConvNeXtBlock computes .*, since modules were replaced \(conv_dw\): convert again"
     ):
         assert_drops_as_plain(plain, converted, kept, images(batch_size).double())
+
+
+class Forwarding(Adapted):
+    """An adapter with the attributes of the module inside."""
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base"), name)
+
+
+class Listed(nn.Module):
+    """A block that finds its layers and drop paths by number."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(DIM, DIM), nn.Linear(DIM, DIM)])
+        self.drop_paths = nn.ModuleList([DropPath(0.25), DropPath(0.75)])
+
+    def forward(self, x):
+        for layer, drop_path in zip(self.layers, self.drop_paths, strict=True):
+            x = x + drop_path(layer(x))
+        return x
+
+
+def test_a_wrapper_with_the_attributes_of_the_module_inside():
+    plain = made(Listed)
+    model = convert(plain)
+    for each in plain, model:
+        each.layers[0] = Forwarding(each.layers[0])
+    kept = [torch.tensor([False, True])] * 2
+    with pytest.warns(UserWarning, match=r"Listed computes what .*, since modules were replaced \(layers.0\)"):
+        assert_drops_as_plain(plain, model, kept, tokens(2))
+
+
+def test_modules_that_change_places():
+    """Each drop path keeps its own rate."""
+    model = convert(made(Listed))
+    model.layers, model.drop_paths = (nn.ModuleList(reversed(each)) for each in (model.layers, model.drop_paths))
+    with torch.no_grad():
+        for layer in model.layers:
+            layer.weight.zero_()
+            layer.bias.fill_(1)
+    with pytest.warns(UserWarning, match="they have changed places: convert again"):
+        y = model(torch.zeros(4000, DIM, dtype=torch.float64))[:, 0]
+    # Kept samples of the first and second drop path now get 1 / 0.25 and 1 / 0.75.
+    shares = [((y > 3.9).double().mean().item()), ((y % 4 > 1).double().mean().item())]
+    assert shares == pytest.approx([0.25, 0.75], abs=0.05)
+
+
+def test_a_copied_module_in_a_checkpointed_block():
+    """It follows the hooks of the block that was copied with it, which is not in a pass."""
+    plain = small("test_vit").double()
+    model = skip_drop_path(copy.deepcopy(plain), "row")
+    for each in plain, model:
+        each.blocks[1].norm1 = copy.deepcopy(each.blocks[1].norm1)
+    model.set_grad_checkpointing()
+    with pytest.warns(UserWarning, match="since modules were replaced"):
+        assert_drops_as_plain(plain, model, drawn(model, 6).unbind(), images(size=32).double())
+
+
+def test_a_layer_that_is_removed_from_a_branch():
+    plain = made(Chain)
+    model = convert(plain, "batch")
+    for each in plain, model:
+        del each.layers[2]
+    assert_drops_as_plain(plain, model, [torch.zeros(6, dtype=torch.bool)], tokens())
+
+
+class Chain(nn.Module):
+    """A block whose branch is a list of layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers, self.drop_path = nn.ModuleList([nn.Linear(DIM, DIM) for _ in range(3)]), DropPath(0.5)
+
+    def forward(self, x):
+        y = x
+        for layer in self.layers:
+            y = layer(y)
+        return x + self.drop_path(y)
+
+
+def test_another_mode_under_the_hooks_of_another_library():
+    """It is not one of the paper's networks. The class's own forward method, which is left behind, is no other."""
+    model = skip_drop_path(small(), "row")
+    for module in model.modules():
+        add_hook_to_module(module, ModelHook())
+    with pytest.raises(ValueError, match="not skipped, since they do not behave like timm's DropPath: DropPath"):
+        skip_drop_path(model, "count", strict=True)
+    remove_hook_from_module(restore_drop_path(model), recurse=True)
+    assert {gate.mode for gate in gates(skip_drop_path(model, "count", strict=True))} == {"count"}
 
 
 def test_batch_norms_that_are_replaced_later():

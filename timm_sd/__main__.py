@@ -32,7 +32,9 @@ from .errors import UserError
 from .files import write_json
 from .gate import MODES, draw_gates, gates
 from .skip.benchmark import benchmark
+from .skip.branches import tensors
 from .skip.convert import restore_drop_path, skip_drop_path
+from .skip.plan import samples_of_call
 from .skip.summary import Summary
 
 PROG = "python -m timm_sd"  # also where the script is what runs
@@ -106,9 +108,11 @@ def skip_in_every_model(mode: str, same_gates: bool) -> list[Converted]:
         def wrapper(module: nn.Module, *args, **kwargs) -> nn.Module:
             if module not in entries:
                 return replace(module, *args, **kwargs)
-            module = replace(restore_drop_path(module), *args, **kwargs)
-            convert(module)
-            return module
+            try:
+                replaced = replace(restore_drop_path(module), *args, **kwargs)
+            finally:
+                convert(module)
+            return replaced
 
         return wrapper
 
@@ -123,7 +127,7 @@ def share_gates(model: nn.Module) -> None:
     """Draw the gates of each training pass as a function of its number and of a seed that all processes have."""
     seed, passes = [], itertools.count()
 
-    def draw(module: nn.Module, args: tuple) -> None:
+    def draw(module: nn.Module, args: tuple, kwargs: dict) -> None:
         if not module.training:
             return
         if not seed:
@@ -132,10 +136,11 @@ def share_gates(model: nn.Module) -> None:
                 torch.distributed.broadcast_object_list(seed)
         own = gates(module)
         survival, modes = [gate.survival for gate in own], [gate.mode for gate in own]
-        for gate, values in zip(own, draw_gates(survival, seed[0], next(passes), len(args[0]), modes), strict=True):
+        drawn = draw_gates(survival, seed[0], next(passes), samples_of_call(tensors(args, kwargs)), modes)
+        for gate, values in zip(own, drawn, strict=True):
             gate.provide(values)
 
-    model.register_forward_pre_hook(draw)
+    model.register_forward_pre_hook(draw, with_kwargs=True)
 
 
 def record_in_output_folders(mode: str, same_gates: bool) -> None:

@@ -15,7 +15,7 @@ from torch import fx, nn
 from ..gate import MODES, check_choice, gates
 from .branches import children
 from .drop_path_gate import gate_name
-from .drop_paths import drop_probability, kind_of, looks_like_drop_path
+from .drop_paths import drop_probability, has_own_forward, kind_of, looks_like_drop_path
 from .example import BlockCall, block_calls
 from .hooks import install, uninstall
 from .plan import Plan
@@ -70,7 +70,7 @@ def skip_drop_path(
     for module, kind in kinds.items():
         if not 0 <= (rate := drop_probability(module, kind)) <= 1:
             raise ValueError(f"a drop path has probability {rate:g}, but it must lie in [0, 1]")
-    if not kinds and gates(model):
+    if not kinds and gates(probe):  # which has none of drop paths
         return _set_mode(model, mode, allow_batch_norm)
     blocks = {}
     for name, block in probe.named_modules():
@@ -144,7 +144,7 @@ def _plans(
             of_call = {"its drop paths": "it depends on sizes"}
         elif any(owners.setdefault(module, block) is not block for module in modules):
             of_call = {"its drop paths": "another block has the same module"}
-        elif any("forward" in vars(module) for module in replaced):
+        elif any(has_own_forward(module) for module in replaced):
             of_call = {"its drop paths": "a module has a forward method of its own"}
         if "its drop paths" in of_call:
             plans[call.block][call.kind] = Plan((), plan.rows)

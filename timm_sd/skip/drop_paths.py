@@ -67,9 +67,15 @@ def looks_like_drop_path(module: nn.Module) -> bool:
     return named and next(module.parameters(), None) is None
 
 
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether an instance has another forward method than its class. Accelerate's hooks leave the class's behind."""
+    forward = vars(module).get("forward")
+    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
+
+
 def kind_of(module: nn.Module) -> Kind | None:
     """The kind of a drop path; None for any other module, and for one that cannot be proven to be a drop path."""
-    if "forward" in vars(module) and "skipped" not in vars(module):  # neither the class's nor that of a converted one
+    if has_own_forward(module) and "skipped" not in vars(module):  # neither the class's nor that of a converted one
         return None
     if type(module) in _known or not looks_like_drop_path(module):
         return _known.get(type(module))

@@ -49,7 +49,7 @@ class Skipping:
         if plan is None or not plan.fits(values):
             warn(f"{type(self.block).__name__} computes what its drop paths drop: the example had no such call")
             plan = self.in_full
-        elif replaced := [name for name, path in self.hooked.items() if not self._is_own(self._child(path))]:
+        elif replaced := [name for name, path in self.hooked.items() if not self._is_own(name, self._child(path))]:
             block, names = type(self.block).__name__, ", ".join(replaced)
             warn(f"{block} computes what its drop paths drop, since modules were replaced ({names}): convert again")
             plan = self.in_full
@@ -61,7 +61,11 @@ class Skipping:
         for call, path in self.calls.items():
             gate = self._child(path)
             if isinstance(gate, DropPathGate):
-                found[call] = gate
+                if self._is_own(call[0], gate.drop_path):
+                    found[call] = gate
+                else:
+                    block = type(self.block).__name__
+                    warn(f"{block} computes what its drop paths drop, since they have changed places: convert again")
         return found
 
     def _child(self, path: Sequence[str]) -> nn.Module | None:
@@ -70,18 +74,20 @@ class Skipping:
             child = getattr(child, name, None)
         return child
 
-    def _is_own(self, child: nn.Module | None) -> bool:
-        """Whether a child has hooks of this block. Wrappers that only pass on have its attributes, too."""
-        skipping, _ = getattr(child, "skipped", (None, None))
-        return skipping is self
+    def _is_own(self, name: str, child: nn.Module | None) -> bool:
+        """Whether a child has the hooks of this name. So do PyTorch's wrappers, which only pass on."""
+        if child is None or ("skipped" not in child.__dict__ and not type(child).__module__.startswith("torch.")):
+            return False
+        skipping, of_name = getattr(child, "skipped", (None, None))
+        return skipping is self and of_name == name
 
     def current(self, called: str | None = None) -> Pass | None:
         """The pass that is going on, also if it begins with the child that is called; None outside of the block."""
         for skipping, current in reversed(passes()):
             if skipping is self:
                 return current
-        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
-            return None
+        if passes() or torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+            return None  # called from another block, or outside of all
         # In a backward pass, a part of the block that it has checkpointed is computed again.
         key = torch._C._current_graph_task_id(), threading.get_ident(), self
         current = again.get(key)

@@ -101,7 +101,8 @@ class Pass:
         It has not with parameters that have become DTensors since, whose `view` fails on them (PyTorch 2.14).
         """
         branch = self.branches[index]
-        parameters = chain.from_iterable(self.block.get_submodule(name).parameters() for name in branch.children)
+        modules = (module for name, module in self.block.named_modules() if name in branch.children)
+        parameters = chain.from_iterable(module.parameters() for module in modules)
         distributed = not branch.norms and any(hasattr(parameter, "device_mesh") for parameter in parameters)
         return x.device.type in branch.empty_on and not distributed
 
