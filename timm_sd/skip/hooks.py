@@ -76,7 +76,9 @@ class Skipping:
 
     def _is_own(self, name: str, child: nn.Module | None) -> bool:
         """Whether a child has the hooks of this name. So do PyTorch's wrappers, which only pass on."""
-        if child is None or ("skipped" not in child.__dict__ and not type(child).__module__.startswith("torch.")):
+        if torch.compiler.is_compiling():  # which cannot look into modules
+            return True
+        if child is None or ("skipped" not in vars(child) and not type(child).__module__.startswith("torch.")):
             return False
         skipping, of_name = getattr(child, "skipped", (None, None))
         return skipping is self and of_name == name
@@ -154,9 +156,9 @@ def end(block: nn.Module, args: tuple, output: object) -> Tensor | None:
 
 def called(child: nn.Module) -> tuple[Pass | None, int | None, tuple[str, int] | None]:
     """The pass that a child is called in, the index of the branch that begins or ends there, and the call."""
-    if "skipped" not in vars(child):  # restored, but another library has kept the forward method
+    skipping, name = getattr(child, "skipped", (None, None))
+    if skipping is None:  # restored, but another library has kept the forward method
         return None, None, None
-    skipping, name = child.skipped
     current = skipping.current(name)
     if current is None:
         return None, None, None
@@ -199,9 +201,9 @@ def leave(drop_path: nn.Module, *args: object, **kwargs: object) -> Tensor:
 
 def normalize(norm: nn.Module, *args: object, **kwargs: object) -> object:
     """The forward method of a normalization over the batch: without samples, it keeps its statistics."""
-    if "skipped" not in vars(norm):  # as in `called`
+    (skipping, name), (x, *_) = getattr(norm, "skipped", (None, None)), (*args, *kwargs.values())
+    if skipping is None:  # as in `called`
         return type(norm).forward(norm, *args, **kwargs)
-    (skipping, name), (x, *_) = norm.skipped, (*args, *kwargs.values())
     if len(x) == 0 or (x.device.type not in skipping.empty_on[name] and skipping.is_closed(name)):
         frozen = object.__new__(type(norm))  # other threads would see a flag set in the module
         frozen.__dict__ = norm.__dict__ | {"training": False}
