@@ -481,7 +481,7 @@ CHANGED = r"run has changed since it finished \(metrics, weights or summary\): t
             lambda run: (run / "summary.json").write_text("[]"),
             CHANGED,
         ),
-        (lambda run: (run / "summary.json").write_text("["), r"run/summary.json is damaged: train.py --resume .*"),
+        (lambda run: (run / "summary.json").write_text("["), r"run/summary.json is damaged: training with --resume .*"),
         (
             lambda run: (run / "config.json").unlink(),
             r"run has no run: its config.json is missing, damaged or not .*",
