@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
+from timm_sd.errors import UserError
 from timm_sd.paper.labels import SYNTHETIC_LABELS
 from timm_sd.train import data, evaluation, training, validate
 from timm_sd.train.evaluation import evaluate
@@ -154,13 +155,11 @@ def test_images_in_the_form_of_cifar_10_c(command, run, tmp_path, monkeypatch):
         ),
     ],
 )
-def test_arrays_that_are_no_images_or_labels(command, tmp_path, images, labels, message):
+def test_arrays_that_are_no_images_or_labels(tmp_path, images, labels, message):
     np.save(tmp_path / "images.npy", images)
     np.save(tmp_path / "labels.npy", labels)
-    arrays = "--arrays", tmp_path / "images.npy", tmp_path / "labels.npy"
-    status, out, err = command("validate", "--model", "cifar_resnet110", "--pretrained", *arrays)
-    assert (status, out, err.count("\n")) == (1, "", 1)
-    assert message in err
+    with pytest.raises(UserError, match=re.escape(message)):
+        data.load_arrays(tmp_path / "images.npy", tmp_path / "labels.npy", num_classes=10)
 
 
 @pytest.mark.parametrize(
@@ -217,9 +216,7 @@ def test_a_truncated_file_is_refused(command, run):
 @pytest.mark.parametrize(
     "content", [b"", b"PK\x03\x04 no archive", b"\x93NUMPY\x01\x00\x10\x00{'descr': '(unclosed", b"no array at all"]
 )
-def test_files_that_are_no_arrays(command, tmp_path, content):
+def test_files_that_are_no_arrays(tmp_path, content):
     (tmp_path / "images.npy").write_bytes(content)
-    arrays = "--arrays", tmp_path / "images.npy", tmp_path / "images.npy"
-    status, out, err = command("validate", "--model", "cifar_resnet110", "--pretrained", *arrays)
-    assert (status, out, err.count("\n")) == (1, "", 1)
-    assert "images.npy cannot be read as a NumPy array" in err
+    with pytest.raises(UserError, match=r"images\.npy cannot be read as a NumPy array"):
+        data.load_arrays(tmp_path / "images.npy", tmp_path / "images.npy", num_classes=10)
