@@ -75,4 +75,5 @@ def kind_of_call(args: tuple, kwargs: dict) -> tuple[object, list[Tensor]]:
 
 def samples_of_call(values: list[Tensor]) -> int:
     """The number of samples, which is the length of the first tensor of a call."""
-    return next((len(x) for x in values if x.ndim), 1)
+    lengths = [len(x) for x in values if x.ndim]  # PyTorch 2.7 cannot compile `next` with a default
+    return lengths[0] if lengths else 1
