@@ -1,6 +1,6 @@
-"""The proof that a branch is skipped rightly: the block must compute the same as if nothing was.
+"""The proof that branches are skipped rightly: a block must compute the same whether it skips them or not.
 
-Both are run on an example, in training mode, with the same samples dropped. Outputs, gradients, and what the block
+It is run both ways on an example, in training mode, with the same samples dropped. Outputs, gradients, and what the block
 keeps in its arguments, attributes and buffers must agree.
 """
 
