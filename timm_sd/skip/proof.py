@@ -1,7 +1,7 @@
 """The proof that branches are skipped rightly: a block must compute the same whether it skips them or not.
 
-It is run both ways on an example, in training mode, with the same samples dropped. Outputs, gradients, and what the block
-keeps in its arguments, attributes and buffers must agree.
+It is run both ways on an example, in training mode, with the same samples dropped. Outputs, gradients, and the values
+that the block keeps in its arguments, attributes and buffers must agree.
 """
 
 import copy
